@@ -1,0 +1,53 @@
+"""Knowledge distillation for `transformers.Trainer` and TRL."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from hf_distill.evaluation import RetentionReport, evaluate_retention
+    from hf_distill.objectives import LogitObjective
+    from hf_distill.teachers import ModelTeacher, load_teacher
+    from hf_distill.training.arguments import KDConfig
+    from hf_distill.training.sft import KDSFTConfig, KDSFTTrainer
+    from hf_distill.training.trainer import KDTrainer
+
+__version__ = version("hf-distill")
+
+__all__ = [
+    "KDConfig",
+    "KDSFTConfig",
+    "KDSFTTrainer",
+    "KDTrainer",
+    "LogitObjective",
+    "ModelTeacher",
+    "RetentionReport",
+    "evaluate_retention",
+    "load_teacher",
+]
+
+# Public name -> the module that defines it, imported when the name is first used.
+_MODULES = {
+    "KDConfig": "hf_distill.training.arguments",
+    "KDSFTConfig": "hf_distill.training.sft",
+    "KDSFTTrainer": "hf_distill.training.sft",
+    "KDTrainer": "hf_distill.training.trainer",
+    "LogitObjective": "hf_distill.objectives",
+    "ModelTeacher": "hf_distill.teachers",
+    "RetentionReport": "hf_distill.evaluation",
+    "evaluate_retention": "hf_distill.evaluation",
+    "load_teacher": "hf_distill.teachers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

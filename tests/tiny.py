@@ -66,7 +66,9 @@ TASKS = {
 }
 
 
-def model(family: str = "llama", *, layers: int = 2, task: str | None = None, seed: int = 0, **config) -> PreTrainedModel:
+def model(
+    family: str = "llama", *, layers: int = 2, task: str | None = None, seed: int = 0, **config
+) -> PreTrainedModel:
     """Build a random fp32 model of a family on the CPU, in eval mode.
 
     Args:
@@ -118,9 +120,7 @@ def tokenized_dataset(rows: int = 8, seed: int = 0, vocab_size: int = 300) -> Da
         length = 6 + (5 * i) % 9
         ids = torch.randint(5, vocab_size, (length,), generator=generator).tolist()
         prompt = 1 + i % 4
-        samples.append(
-            {"input_ids": ids, "attention_mask": [1] * length, "labels": [-100] * prompt + ids[prompt:]}
-        )
+        samples.append({"input_ids": ids, "attention_mask": [1] * length, "labels": [-100] * prompt + ids[prompt:]})
     return Dataset.from_list(samples)
 
 

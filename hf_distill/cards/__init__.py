@@ -1,0 +1,18 @@
+"""The model card of a distilled model: what was done and what was measured, and nothing else."""
+
+from hf_distill.cards.check import check_card
+from hf_distill.cards.data import Dataset, DistillationCard, Loss, Table, installed_versions, is_hub_id
+from hf_distill.cards.render import card_metadata, render_card
+
+
+__all__ = [
+    "Dataset",
+    "DistillationCard",
+    "Loss",
+    "Table",
+    "card_metadata",
+    "check_card",
+    "installed_versions",
+    "is_hub_id",
+    "render_card",
+]

@@ -1,0 +1,218 @@
+"""From facts to a card: metadata for the Hub and the text of the template."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from hf_distill.cards.check import check_card, without_paths
+from hf_distill.cards.data import DistillationCard, Table, display_name, is_hub_id
+from hf_distill.evaluation import RetentionReport
+from hf_distill.evaluation.tables import format_cell, format_interval, format_share, markdown_table
+
+
+PIPELINES = {
+    "causal_lm": "text-generation",
+    "masked_lm": "fill-mask",
+    "sequence_classification": "text-classification",
+}
+TAGS = ("distillation", "knowledge-distillation", "hf_distill")
+# Identifiers that the Hub accepts as `license`; another name is declared as "other" with `license_name`.
+HUB_LICENSES = frozenset(
+    {
+        *(
+            "afl-3.0",
+            "agpl-3.0",
+            "apache-2.0",
+            "bsd-2-clause",
+            "bsd-3-clause",
+            "gpl-2.0",
+            "gpl-3.0",
+            "lgpl-3.0",
+            "mit",
+        ),
+        *(
+            "cc",
+            "cc0-1.0",
+            "cc-by-3.0",
+            "cc-by-4.0",
+            "cc-by-nc-4.0",
+            "cc-by-nc-sa-4.0",
+            "cc-by-sa-3.0",
+            "cc-by-sa-4.0",
+        ),
+        *(
+            "mpl-2.0",
+            "odc-by",
+            "openrail",
+            "openrail++",
+            "bigcode-openrail-m",
+            "bigscience-bloom-rail-1.0",
+            "unlicense",
+        ),
+        *("gemma", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "other", "unknown"),
+    }
+)
+
+
+def render_card(data: DistillationCard) -> str:
+    """Render the card of a distilled model, ready to be written as `README.md`.
+
+    Sections with nothing to say are left out, and absolute paths are cut down to their last part.
+
+    Raises:
+        ValueError: A given text holds a missing value or a placeholder, see `check_card`.
+
+    Example:
+        ```python
+        card = DistillationCard(name="student", teacher="org/teacher", report=report)
+        Path("student/README.md").write_text(render_card(card), encoding="utf-8")
+        ```
+    """
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False
+    )
+    source = importlib.resources.files("hf_distill.model_cards").joinpath("template.md").read_text(encoding="utf-8")
+    text = environment.from_string(source).render(
+        card=data,
+        metadata=card_metadata(data).to_yaml(),
+        headline=_headline(data.report),
+        teacher=display_name(data.teacher),
+        base_model=data.base_model and display_name(data.base_model),
+        pipeline=PIPELINES[data.task],
+        losses=_losses(data),
+        run=_run(data),
+        data=_datasets(data),
+        licenses=_licenses(data),
+        comparison=_table(data.comparison),
+        measurements=_table(data.measurements),
+    )
+    text = without_paths(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
+    check_card(text)
+    return text
+
+
+def card_metadata(data: DistillationCard) -> ModelCardData:
+    """The YAML block: what the Hub indexes, and a `distillation` block of our own."""
+    base_model = data.base_model if is_hub_id(data.base_model) else None
+    relation = None if base_model is None else ("adapter" if data.adapter else "finetune")
+    results = _eval_results(data)
+    license_id = None if data.license is None else data.license.lower()
+    known = license_id is None or license_id in HUB_LICENSES
+    return ModelCardData(
+        language=data.language,
+        license=license_id if known else "other",
+        license_name=None if known else re.sub(r"[^a-z0-9.]+", "-", str(license_id)).strip("-"),
+        library_name="peft" if data.adapter else "transformers",
+        pipeline_tag=PIPELINES[data.task],
+        tags=[*TAGS, *data.tags],
+        base_model=base_model,
+        base_model_relation=relation,
+        datasets=[item.name for item in data.datasets if "/" in item.name and is_hub_id(item.name)] or None,
+        model_name=data.name if results else None,
+        eval_results=results or None,
+        distillation=_distillation(data),
+    )
+
+
+def _distillation(data: DistillationCard) -> dict[str, Any]:
+    """The recipe and the retention for programs to read."""
+    losses = [{"name": loss.name, "weight": loss.weight, **loss.settings} for loss in data.losses]
+    block: dict[str, Any] = {
+        "teacher": data.teacher if is_hub_id(data.teacher) else display_name(data.teacher),
+        "teacher_quantization": data.teacher_quantization,
+        "losses": losses or None,
+        "tokens": data.tokens,
+        "steps": data.steps,
+        "seed": data.seed,
+    }
+    if data.report is not None and data.report.mean_retention is not None:
+        block["mean_retention"] = data.report.mean_retention
+        if data.report.mean_ci_low is not None:
+            block["mean_retention_interval"] = [data.report.mean_ci_low, data.report.mean_ci_high]
+    return {key: value for key, value in block.items() if value is not None}
+
+
+def _eval_results(data: DistillationCard) -> list[EvalResult]:
+    """The student's value and its retention on every benchmark, for `model-index`."""
+    results = []
+    for row in data.report.rows if data.report else ():
+        name = row.benchmark if row.benchmark != row.metric else data.evaluation_data or "held-out data"
+        where = {
+            "task_type": PIPELINES[data.task],
+            "dataset_name": name,
+            "dataset_type": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        }
+        if row.student is not None:
+            results.append(EvalResult(metric_type=row.metric, metric_value=row.student, **where))
+        if row.retention is not None:
+            label = f"{row.metric}, kept of the teacher"
+            results.append(EvalResult(metric_type="retention", metric_name=label, metric_value=row.retention, **where))
+    return results
+
+
+def _headline(report: RetentionReport | None) -> str | None:
+    if report is None or report.mean_retention is None:
+        return None
+    rows = [row for row in report.rows if row.retention is not None]
+    items = sorted({row.n for row in rows})
+    count = f"{items[0]:,} items" if len(items) == 1 else f"{items[0]:,} to {items[-1]:,} items each"
+    bounds = format_interval(report.mean_ci_low, report.mean_ci_high)
+    interval = f", 95 % interval {bounds}" if bounds else ""
+    what = rows[0].metric.replace("_", " ") if len(rows) == 1 else f"mean of {len(rows)} benchmarks"
+    return f"Keeps {format_share(report.mean_retention)} of its teacher ({what}{interval}, {count})."
+
+
+def _losses(data: DistillationCard) -> str | None:
+    rows = [
+        (
+            loss.name,
+            loss.weight,
+            ", ".join(f"{key}={format_cell(value)}" for key, value in loss.settings.items()),
+            loss.paper and f"[arXiv:{loss.paper}](https://arxiv.org/abs/{loss.paper})",
+        )
+        for loss in data.losses
+    ]
+    return markdown_table(["loss", "weight", "settings", "source"], rows) if rows else None
+
+
+def _run(data: DistillationCard) -> str | None:
+    facts = {
+        "teacher quantization": data.teacher_quantization,
+        "training tokens" if data.task != "sequence_classification" else "training rows": data.tokens,
+        "optimizer steps": data.steps,
+        "seed": data.seed,
+        **data.hyperparameters,
+    }
+    rows = [(name, value) for name, value in facts.items() if format_cell(value)]
+    return markdown_table(["setting", "value"], rows) if rows else None
+
+
+def _datasets(data: DistillationCard) -> str | None:
+    rows = [(_dataset_name(item.name), item.description, item.license) for item in data.datasets]
+    return markdown_table(["data", "description", "licence"], rows) if rows else None
+
+
+def _dataset_name(name: str) -> str:
+    return (
+        f"[{name}](https://huggingface.co/datasets/{name})" if "/" in name and is_hub_id(name) else display_name(name)
+    )
+
+
+def _licenses(data: DistillationCard) -> str | None:
+    """Licences of student and teacher; where one is known, the other is said to be unknown."""
+    if data.license is None and data.teacher_license is None:
+        return None
+    rows = [("student", data.license or "unknown"), ("teacher", data.teacher_license or "unknown")]
+    return markdown_table(["model", "licence"], rows)
+
+
+def _table(table: Table | None) -> str | None:
+    if table is None or not table.rows:
+        return None
+    text = markdown_table(table.columns, table.rows)
+    return f"{text}\n\n{table.caption}" if table.caption else text

@@ -1,0 +1,221 @@
+"""One pass of the teacher and the students over a dataset, from which every intrinsic metric is read."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_distill.anatomy import describe, resolve_head, task_of, unwrap
+from hf_distill.evaluation.rows import CLASSIFICATION, Row, collate, count_targets, tokenize
+from hf_distill.functional import forward_kl
+from hf_distill.signals import IGNORE_INDEX, Projection, Signal, Targets, identity
+from hf_distill.taps import tap_last_hidden
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TEACHER = "teacher"
+STATISTICS = ("nll", "kl", "agreement", "correct")
+# Size of the largest tile of fp32 logits.
+TILE_BYTES = 2**25
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """Sums over the scored positions of each row that has any.
+
+    Args:
+        count: `[n]` float64, the number of scored positions.
+        sums: `[n]` float64 per name of `STATISTICS`.
+    """
+
+    count: np.ndarray
+    sums: Mapping[str, np.ndarray]
+
+
+class Lineup:
+    """The models that are compared, with what was already computed about them.
+
+    Args:
+        models: By role; the role "teacher" is one of them. A model is a `PreTrainedModel`, a PEFT model, or anything
+            with `signals` (a Teacher).
+        tokenizer: For datasets of text.
+
+    Raises:
+        ValueError: The models do not have the same task.
+    """
+
+    def __init__(self, models: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.models = dict(models)
+        self.tokenizer = tokenizer
+        tasks = {role: _task(model) for role, model in self.models.items()}
+        if len(set(tasks.values())) > 1:
+            raise ValueError(
+                f"The models have different tasks: {tasks}; expected models of one task, to compare them."
+            )
+        self.task = tasks[TEACHER]
+        self._rows: dict[Any, list[Row]] = {}
+        self._sums: dict[Any, dict[str, RowSums]] = {}
+
+    def classes(self) -> int:
+        """How many classes the classifiers tell apart.
+
+        Raises:
+            ValueError: The models differ in it, or have only one (regression).
+        """
+        counts = {role: _width(model) for role, model in self.models.items()}
+        if len(set(counts.values())) > 1 or counts[TEACHER] < 2:
+            raise ValueError(f"The classifiers' numbers of classes are {counts}; expected the same classes.")
+        return counts[TEACHER]
+
+    def rows(self, dataset: Dataset, max_length: int | None) -> list[Row]:
+        """The rows with something to score.
+
+        Raises:
+            ValueError: There is none, or an id is not in a model's vocabulary; see also `tokenize`.
+        """
+        # A dataset is kept alive by its benchmark for as long as this object is used: its id stays its own.
+        key = (id(dataset), max_length)
+        if key not in self._rows:
+            rows = tokenize(dataset, self.task, self.tokenizer, max_length)
+            rows = [row for row in rows if count_targets(row, self.task) > 0]
+            if not rows:
+                raise ValueError(
+                    f"`dataset` ({len(dataset)} rows) has no labelled token: every label is -100, or every row has "
+                    "one token. Look at the prompt mask and at `max_length`, which may cut the answers off."
+                )
+            for role, model in self.models.items():
+                _check_ids(rows, role, _width(model))
+            self._rows[key] = rows
+        return self._rows[key]
+
+    def row_sums(self, dataset: Dataset, max_length: int | None, batch_size: int) -> dict[str, RowSums]:
+        """The sums of every model over the rows of a dataset, computed once."""
+        key = (id(dataset), max_length, batch_size)
+        if key not in self._sums:
+            self._sums[key] = _score(self.models, self.task, self.rows(dataset, max_length), batch_size)
+        return self._sums[key]
+
+
+@contextmanager
+def preserved_state(models: Iterable[Any]) -> Iterator[None]:
+    """Put models in evaluation mode without gradients; give back every module's mode and all random states."""
+    modules = [module for model in models if (module := _module(model)) is not None]
+    modes = {part: part.training for module in modules for part in module.modules()}
+    devices = {p.device for module in modules for p in module.parameters() if p.device.type == "cuda"}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=sorted(device.index for device in devices)))
+        stack.enter_context(torch.no_grad())
+        try:
+            for module in modules:
+                module.eval()
+            yield
+        finally:
+            for part, training in modes.items():
+                part.training = training
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _module(model: Any) -> nn.Module | None:
+    return model if isinstance(model, nn.Module) else getattr(model, "model", None)
+
+
+def _task(model: Any) -> str:
+    return task_of(unwrap(model)) if isinstance(model, nn.Module) else model.task
+
+
+def _width(model: Any) -> int:
+    """Width of the logits: the vocabulary or the number of classes."""
+    if _task(model) == CLASSIFICATION:
+        return unwrap(model).config.num_labels if isinstance(model, nn.Module) else len(model.labels)
+    return describe(model).vocab_size if isinstance(model, nn.Module) else model.vocab_size
+
+
+def _check_ids(rows: list[Row], role: str, width: int) -> None:
+    labels = np.concatenate([np.atleast_1d(row["labels"]) for row in rows])
+    kept = labels[labels != IGNORE_INDEX]
+    if kept.min() < 0 or kept.max() >= width:
+        raise ValueError(
+            f"`dataset` has labels from {kept.min()} to {kept.max()}, but the {role} gives logits for 0 to "
+            f"{width - 1}; expected labels made with the models' own tokenizer or classes, -100 where not scored."
+        )
+
+
+def _score(models: Mapping[str, Any], task: str, rows: list[Row], batch_size: int) -> dict[str, RowSums]:
+    """Run every model once over the rows, longest first so that batches hold little padding."""
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    tile_rows = max(1, TILE_BYTES // (4 * max(_width(model) for model in models.values())))
+    count = torch.zeros(len(rows), dtype=torch.float64)
+    sums = {role: torch.zeros(len(STATISTICS), len(rows), dtype=torch.float64) for role in models}
+    for start in tqdm(range(0, len(rows), batch_size), desc="Scoring", disable=None, leave=False):
+        index = torch.tensor(order[start : start + batch_size])
+        batch = collate([rows[i] for i in index.tolist()])
+        targets = Targets.from_labels(batch["labels"], shift=task == "causal_lm")
+        row = index[targets.index // (batch["labels"].numel() // len(index))]
+        projections = {role: project(model, task, batch).at(targets.index) for role, model in models.items()}
+        count.index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
+        for tile in torch.arange(len(targets)).split(tile_rows):
+            for role, values in _statistics(projections, targets.labels, tile).items():
+                sums[role].index_add_(1, row[tile], values)
+    return {
+        role: RowSums(count.numpy(), dict(zip(STATISTICS, part.numpy(), strict=True))) for role, part in sums.items()
+    }
+
+
+def project(model: Any, task: str, batch: Mapping[str, Tensor]) -> Projection:
+    """Run a model on a batch of `collate` and give its logits before projection, `[B, S, H]` or `[B, C]`."""
+    module = _module(model)
+    inputs = dict(batch) if module is None else _inputs_for(unwrap(module), batch)
+    if not isinstance(model, nn.Module):
+        return model.signals(inputs, frozenset({Signal.LOGITS})).logits
+    del inputs["labels"]
+    if task == CLASSIFICATION:
+        return Projection(model(**inputs).logits, identity)
+    if task == "causal_lm":
+        inputs["use_cache"] = False
+    with tap_last_hidden(model) as tap:
+        model(**inputs)
+    return Projection(tap.hidden, resolve_head(model))
+
+
+def _inputs_for(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a model takes of a batch, on its device, with its own padding id, which decoder classifiers look for."""
+    accepted = {"labels", *inspect.signature(model.forward).parameters}
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name in accepted}
+    pad = model.config.get_text_config().pad_token_id
+    if pad is not None:
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, pad)
+    return inputs
+
+
+def _statistics(projections: Mapping[str, Projection], labels: Tensor, tile: Tensor) -> dict[str, Tensor]:
+    """`STATISTICS` of every model on some of the scored positions, `[4, n]` float64 on the CPU."""
+    parts = {role: projection.at(tile) for role, projection in projections.items()}
+    logits = {role: part.head(part.hidden) for role, part in parts.items()}
+    teacher = logits[TEACHER]
+    gold = labels[tile].to(teacher.device)
+    result = {}
+    for role, student in logits.items():
+        student = student.to(teacher.device)
+        shared = min(student.shape[-1], teacher.shape[-1])
+        values = (
+            torch.nn.functional.cross_entropy(student.float(), gold, reduction="none"),
+            forward_kl(student[..., :shared], teacher[..., :shared]),
+            student[..., :shared].argmax(-1) == teacher[..., :shared].argmax(-1),
+            student.argmax(-1) == gold,
+        )
+        result[role] = torch.stack([value.float() for value in values]).cpu().double()
+    return result

@@ -1,0 +1,46 @@
+"""What every term of a distillation loss has: a weight, the signals it needs, and a line for the card."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from torch import nn
+
+from hf_distill.signals import Signal
+
+
+class Objective(nn.Module):
+    """One term of the distillation loss.
+
+    An objective never sees a teacher, only signals; the trainer checks `needs` against what the teacher provides
+    before the first step. Parameters of its own (projectors, for example) are trained beside the student.
+
+    Args:
+        weight: Factor of this term in the loss, >= 0.
+
+    Raises:
+        ValueError: The weight is negative or not finite.
+    """
+
+    needs: ClassVar[frozenset[Signal]] = frozenset()
+    citation: ClassVar[str] = ""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = check_weight("weight", weight)
+
+    def config(self) -> dict[str, object]:
+        """What the model card says of this objective."""
+        return {"objective": type(self).__name__, "weight": self.weight}
+
+
+def check_weight(name: str, weight: float) -> float:
+    """Return a loss weight as a float.
+
+    Raises:
+        ValueError: It is negative, infinite or NaN.
+    """
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"`{name}` is {weight}; expected a finite number >= 0, for example `{name}=0.5`.")
+    return float(weight)

@@ -1,0 +1,127 @@
+"""Logit distillation: cross-entropy and divergences from one pass over the labelled positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_distill.functional import LinearLossOutput, linear_distillation_loss, resolve_divergence
+from hf_distill.objectives.base import Objective, check_weight
+from hf_distill.signals import Signal, StudentSignals, TeacherSignals
+
+
+# Every one is a sum over labelled tokens, independent of temperature and weights: comparable between runs.
+STUDENT_MONITORS = ("student_nll",)
+TEACHER_MONITORS = ("teacher_nll", "top1_agreement", "kl")
+
+
+class LogitObjective(Objective):
+    """Match the teacher's next-token distribution (Hinton et al., 2015, arXiv:1503.02531).
+
+    Args:
+        weight: Factor of this term in the loss, >= 0.
+        divergence: A name of `hf_distill.functional.DIVERGENCES`.
+        temperature: Softens both distributions, > 0. Divergences that scale as 1/T^2 are multiplied by T^2.
+        divergence_kwargs: Arguments of the divergence, for example `{"beta": 0.5}` for `jsd`.
+
+    Raises:
+        ValueError: The divergence is unknown, or an argument is out of its range.
+
+    Example:
+        ```python
+        trainer = KDTrainer(model, teacher, objectives=[LogitObjective(0.5, divergence="jsd")], ...)
+        ```
+    """
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS})
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        *,
+        divergence: str = "forward_kl",
+        temperature: float = 1.0,
+        divergence_kwargs: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(weight)
+        if not temperature > 0:
+            raise ValueError(f"`temperature` is {temperature}; expected a number > 0, for example `temperature=1.0`.")
+        resolve_divergence(divergence, divergence_kwargs)
+        self.divergence = divergence
+        self.temperature = float(temperature)
+        self.divergence_kwargs = dict(divergence_kwargs or {})
+
+    def config(self) -> dict[str, object]:
+        return super().config() | {
+            "divergence": self.divergence,
+            "temperature": self.temperature,
+            **self.divergence_kwargs,
+        }
+
+    def forward(
+        self, student: StudentSignals, teacher: TeacherSignals, denominator: Tensor | int | None = None
+    ) -> LinearLossOutput:
+        """This term alone; see `logit_loss`."""
+        return logit_loss([self], 0.0, student, teacher, denominator=denominator)
+
+
+def logit_loss(
+    objectives: Sequence[LogitObjective],
+    ce_weight: float,
+    student: StudentSignals,
+    teacher: TeacherSignals | None,
+    *,
+    denominator: Tensor | int | None = None,
+) -> LinearLossOutput:
+    """Compute cross-entropy on the labels and all logit objectives in one pass.
+
+    Args:
+        objectives: Terms that share one temperature; none is allowed, then only cross-entropy is computed.
+        ce_weight: Factor of the cross-entropy, >= 0.
+        student: Hidden states and labels of the labelled positions, `[N, H_s]` and `[N]`.
+        teacher: Signals of the same positions, `[N, H_t]`; None when no term and no monitor needs a teacher.
+        denominator: What the sums are divided by (`num_items_in_batch`); N when None.
+
+    Returns:
+        The loss, the sum of each term, and the sums of the monitors that the signals allow.
+    """
+    check_weight("ce_weight", ce_weight)
+    terms: dict[str, float | tuple[float, Mapping[str, float]]] = {}
+    if ce_weight > 0:
+        terms["ce"] = ce_weight
+    for objective in objectives:
+        terms[objective.divergence] = (objective.weight, objective.divergence_kwargs)
+    projection = None if teacher is None else teacher.logits
+    return linear_distillation_loss(
+        student.logits.hidden,
+        student.logits.head,
+        student.labels,
+        teacher_hidden=None if projection is None else projection.hidden,
+        teacher_head=None if projection is None else projection.head,
+        terms=terms,
+        temperature=objectives[0].temperature if objectives else 1.0,
+        denominator=denominator,
+        metrics=STUDENT_MONITORS if projection is None else STUDENT_MONITORS + TEACHER_MONITORS,
+    )
+
+
+def check_logit_objectives(objectives: Sequence[LogitObjective]) -> None:
+    """Check that one pass can compute the objectives together.
+
+    Raises:
+        ValueError: They differ in temperature, or two have the same divergence.
+    """
+    temperatures = sorted({objective.temperature for objective in objectives})
+    if len(temperatures) > 1:
+        raise ValueError(
+            f"`objectives` holds LogitObjectives of temperatures {temperatures}; they are computed in one pass and "
+            "must share one: give all of them the same `temperature`."
+        )
+    names = [objective.divergence for objective in objectives]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"`objectives` holds {repeated} more than once; use one LogitObjective per divergence and add the weights."
+        )

@@ -1,0 +1,112 @@
+"""Where a teacher's weights are: moved, sharded as the student is, or left on the devices that the user chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_distill.anatomy import describe, output_head, unwrap
+from hf_distill.functional import LMHead
+
+
+@dataclass(frozen=True)
+class RemoteHead:
+    """A head on another device than the student: hidden states go there, logits come back.
+
+    Args:
+        head: Maps hidden `[n, H]` on `device` to logits `[n, V]`.
+        device: Where the head is.
+        home: Where the logits are wanted.
+    """
+
+    head: Callable[[Tensor], Tensor]
+    device: torch.device
+    home: torch.device
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Project `hidden` `[n, H]` to logits `[n, V]`."""
+        return self.head(hidden.to(self.device)).to(self.home)
+
+
+def place(model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, torch.device | None]:
+    """Move or shard a frozen model for a run.
+
+    `Accelerator.prepare_model` is not used: it would run the teacher under the student's autocast, write the teacher
+    into `save_state`, and make `Trainer.evaluate` believe that the student has been prepared.
+
+    Returns:
+        What to call from now on, and the device that its inputs belong on; None where they go to its embedding's.
+
+    Raises:
+        ValueError: In a distributed run, the model is spread over devices or quantised on another process's device;
+            or the run uses the first version of FSDP.
+    """
+    base = unwrap(model)
+    distributed = accelerator.distributed_type != DistributedType.NO
+    device_map = getattr(base, "hf_device_map", None) or {}
+    if distributed and len(set(device_map.values())) > 1:
+        raise ValueError(
+            f"The teacher is spread over {sorted(map(str, set(device_map.values())))} by `device_map`, but this run "
+            f"has {accelerator.num_processes} processes; load it without `device_map` (it is then moved or sharded "
+            'with the student), or quantise it: `load_teacher(name, quantization="nf4")`.'
+        )
+    if getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False):
+        device = base.get_input_embeddings().weight.device
+        if distributed and device != accelerator.device:
+            raise ValueError(
+                f"The quantised teacher is on {device}, but this process trains on {accelerator.device}; load it with "
+                f'`device_map={{"": {str(accelerator.device)!r}}}`.'
+            )
+        return model, None
+    if device_map and not distributed:
+        return model, None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and _is_zero3(accelerator):
+        from trl.models.utils import prepare_deepspeed
+
+        return prepare_deepspeed(model, accelerator), accelerator.device
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return _shard_fsdp2(model, accelerator), accelerator.device
+    return model.to(accelerator.device), None
+
+
+def gathered_head(model: PreTrainedModel) -> LMHead | None:
+    """Copy the head of a model that ZeRO-3 has partitioned; None for any other model.
+
+    A partitioned head gathers its weight in every call, on all ranks together. Ranks that project different numbers
+    of chunks would wait for each other for ever; the copy, one `[V, H]` per rank, cannot be stale because the
+    teacher is frozen.
+    """
+    head: Any = output_head(model)
+    if not hasattr(head.weight, "ds_id"):
+        return None
+    anatomy = describe(model)
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(list(head.parameters())), torch.no_grad():
+        weight = head.weight.clone()
+        bias = None if head.bias is None else head.bias.clone()
+    return LMHead(weight, bias, anatomy.logit_scale, anatomy.softcap)
+
+
+def _shard_fsdp2(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Shard layer by layer: `prepare_fsdp` alone would gather the whole model for every forward pass."""
+    if not accelerator.is_fsdp2:
+        raise ValueError(
+            "The teacher can be sharded by FSDP version 2 only; set `fsdp_version: 2` under `fsdp_config` in the "
+            "accelerate config."
+        )
+    from trl.models.utils import prepare_fsdp
+
+    for layer in describe(model).layers:
+        prepare_fsdp(layer, accelerator)
+    return prepare_fsdp(model, accelerator)
+
+
+def _is_zero3(accelerator: Accelerator) -> bool:
+    return accelerator.state.deepspeed_plugin.zero_stage == 3

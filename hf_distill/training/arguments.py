@@ -1,0 +1,94 @@
+"""The distillation fields that both configs share, and `KDConfig`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_distill.functional import resolve_divergence
+from hf_distill.objectives.base import check_weight
+
+
+# Lower is better for these, although their names do not end in "loss", which is all that transformers looks at.
+LOWER_IS_BETTER = ("kl", "nll")
+
+
+@dataclass
+class DistillationArguments:
+    """Fields of a distillation run: `loss = ce_weight * CE + kd_weight * T^2 * divergence`.
+
+    Args:
+        teacher_model_name_or_path: The teacher, loaded by the trainer; "base" is a LoRA student's own base model.
+        teacher_quantization: "nf4" or "int8" to load the teacher with bitsandbytes.
+        teacher_dtype: Precision of the teacher's weights, for example "bfloat16"; "auto" is the one they were saved in.
+        ce_weight: Weight of the cross-entropy on the labels.
+        kd_weight: Weight of the divergence from the teacher.
+        temperature: Softens both distributions. 1 is right for language models, whose distributions are peaked.
+        divergence: A name of `hf_distill.functional.DIVERGENCES`.
+        divergence_kwargs: Arguments of the divergence, as a dict or JSON, for example `{"beta": 0.5}`.
+
+    Raises:
+        ValueError: A field is out of its range, or asks for something that would be ignored in silence.
+    """
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher to load, or 'base': a LoRA student's own base model."}
+    )
+    teacher_quantization: str | None = field(default=None, metadata={"help": "'nf4' or 'int8' (bitsandbytes)."})
+    teacher_dtype: str = field(default="auto", metadata={"help": "Precision of the teacher's weights."})
+    ce_weight: float = field(default=0.5, metadata={"help": "Weight of the cross-entropy on the labels."})
+    kd_weight: float = field(default=0.5, metadata={"help": "Weight of the divergence from the teacher."})
+    temperature: float = field(default=1.0, metadata={"help": "Softens both distributions in the divergence."})
+    divergence: str = field(default="forward_kl", metadata={"help": "Divergence from the teacher."})
+    divergence_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the divergence, as JSON."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.divergence_kwargs, str):
+            self.divergence_kwargs = json.loads(self.divergence_kwargs)
+        weights = check_weight("ce_weight", self.ce_weight), check_weight("kd_weight", self.kd_weight)
+        if sum(weights) == 0:
+            raise ValueError(
+                "`ce_weight` and `kd_weight` are both 0, so nothing is trained; set one, e.g. `kd_weight=0.5`."
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` is {self.temperature}; expected a number > 0, e.g. `temperature=1.0`.")
+        resolve_divergence(self.divergence, self.divergence_kwargs)
+        self._check_trainer_fields()
+        super().__post_init__()  # type: ignore[misc] # the other base is a TrainingArguments
+
+    def _check_trainer_fields(self) -> None:
+        """Check and complete fields of `TrainingArguments` that mean something else, or nothing, in distillation."""
+        if getattr(self, "label_smoothing_factor", 0):
+            raise ValueError(
+                "`label_smoothing_factor` would be ignored: the cross-entropy is computed beside the divergence. "
+                "Leave it at 0; the teacher's distribution already smooths the labels."
+            )
+        checkpointing: Any = getattr(self, "gradient_checkpointing_kwargs", None) or {}
+        if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs={'use_reentrant': True}` cuts the graph that the distillation loss "
+                "reads hidden states from; use `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+            )
+        if getattr(self, "load_best_model_at_end", False) and getattr(self, "metric_for_best_model", None) is None:
+            # eval_loss changes with the temperature and the weights; the KL at T=1 does not.
+            self.metric_for_best_model = "kl"
+        metric = getattr(self, "metric_for_best_model", None)
+        if metric is not None and metric.endswith(LOWER_IS_BETTER):
+            if getattr(self, "greater_is_better", None):
+                raise ValueError(f"`greater_is_better=True` with `metric_for_best_model={metric!r}`: lower is better.")
+            self.greater_is_better = False
+
+
+@dataclass
+class KDConfig(DistillationArguments, TrainingArguments):
+    """`transformers.TrainingArguments` and the distillation fields.
+
+    `metric_for_best_model="kl"` (the divergence from the teacher at T=1 on the evaluation set) is the metric to select
+    checkpoints by, and the default of `load_best_model_at_end`: unlike `eval_loss`, it does not depend on
+    temperature and weights.
+    """

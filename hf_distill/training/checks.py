@@ -1,0 +1,115 @@
+"""What is refused before any weight is loaded, or before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel
+
+from hf_distill.objectives import Objective
+from hf_distill.teachers import Teacher
+
+
+C = TypeVar("C")
+
+# Dropping these changes no loss: they are recomputed, constant for one sequence, or read by the sampler.
+HARMLESS_COLUMNS = frozenset({"attention_mask", "length", "special_tokens_mask", "token_type_ids"})
+
+
+def check_config(args: Any, expected: type[C]) -> C:
+    """Return the config, or the defaults where there is none.
+
+    Raises:
+        ValueError: It is another kind of config, whose distillation fields would be missing.
+    """
+    if args is None:
+        return expected()
+    if not isinstance(args, expected):
+        raise ValueError(
+            f"`args` is a {type(args).__name__}; expected a {expected.__name__}, which takes the same fields and the "
+            f"distillation's: `args={expected.__name__}(output_dir=..., kd_weight=0.5)`."
+        )
+    return args
+
+
+def check_teacher_argument(teacher_model: Any, args: Any) -> str | PreTrainedModel | Teacher:
+    """Return what the teacher is to be made of: the argument or the config's field.
+
+    Raises:
+        ValueError: Neither or both are given, or a loaded teacher is asked to be quantised.
+    """
+    named = args.teacher_model_name_or_path
+    if teacher_model is None and named is None:
+        raise ValueError(
+            "`teacher_model` is missing; pass `teacher_model=load_teacher(name)` to the trainer or set "
+            "`teacher_model_name_or_path=name` in its config."
+        )
+    if teacher_model is not None and named is not None:
+        raise ValueError(
+            f"`teacher_model` was passed and `teacher_model_name_or_path` is {named!r}; give the teacher once."
+        )
+    teacher = named if teacher_model is None else teacher_model
+    if not isinstance(teacher, str | PreTrainedModel | Teacher):
+        raise ValueError(
+            f"`teacher_model` is a {type(teacher).__name__}; expected a name, a PreTrainedModel or a Teacher, e.g. "
+            "`teacher_model=load_teacher(name)`."
+        )
+    if args.teacher_quantization is not None and not (isinstance(teacher, str) and teacher != "base"):
+        raise ValueError(
+            f"`teacher_quantization` is {args.teacher_quantization!r}, but the teacher is loaded already; quantise it "
+            f"there: `load_teacher(name, quantization={args.teacher_quantization!r})`."
+        )
+    return teacher
+
+
+def check_needs(objectives: Iterable[Objective], teacher: Teacher) -> None:
+    """Check that the teacher provides what the objectives need.
+
+    Raises:
+        ValueError: Something is missing; both sides are named.
+    """
+    for objective in objectives:
+        missing = objective.needs - teacher.provides
+        if missing:
+            raise ValueError(
+                f"`objectives`: {type(objective).__name__} needs {sorted(missing)}, but {type(teacher).__name__} "
+                f"provides only {sorted(teacher.provides)}; use a ModelTeacher or remove the objective."
+            )
+
+
+def check_columns(dataset: Any, kept: Sequence[str], what: str) -> None:
+    """Refuse a dataset whose numbers the collator would drop without a word.
+
+    Text and integer ids may stay beside the inputs; per-token lists and floating numbers are masks, weights or teacher
+    outputs, and a loss computed without them is another loss.
+
+    Args:
+        dataset: A `datasets.Dataset` or `IterableDataset`; anything else is not checked.
+        kept: The columns that reach the model.
+        what: "training" or "evaluation", for the message.
+
+    Raises:
+        ValueError: A column would be dropped; it is named with both ways out.
+    """
+    features = getattr(dataset, "features", None)
+    if not features:
+        return
+    dropped = [name for name in features if name not in kept and name not in HARMLESS_COLUMNS]
+    dropped = [name for name in dropped if _holds_training_signal(features[name])]
+    if dropped:
+        raise ValueError(
+            f"The {what} dataset has columns {dropped} that the model does not take, so the collator would drop them "
+            f"in silence; remove them with `dataset.remove_columns({dropped})`, or keep them with "
+            "`remove_unused_columns=False` and your own `data_collator`."
+        )
+
+
+def _holds_training_signal(feature: Any) -> bool:
+    """True for floating numbers and for lists of numbers of any depth."""
+    nested = False
+    while isinstance(feature, list) or hasattr(feature, "feature"):
+        feature = feature[0] if isinstance(feature, list) else feature.feature
+        nested = True
+    dtype = str(getattr(feature, "dtype", ""))
+    return dtype.startswith(("float", "double")) or (nested and dtype.startswith(("int", "uint", "bool")))

@@ -1,0 +1,294 @@
+"""Distillation for any `transformers.Trainer`: the same mixin over two bases makes both trainers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_distill.anatomy import describe, resolve_head, task_of, unwrap
+from hf_distill.functional import LinearLossOutput
+from hf_distill.objectives import LogitObjective, Objective, check_logit_objectives, logit_loss
+from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
+from hf_distill.signals import Projection, StudentSignals, Targets, TeacherSignals, identity
+from hf_distill.taps import tap_last_hidden
+from hf_distill.teachers import (
+    AdapterDisabledTeacher,
+    ModelTeacher,
+    Teacher,
+    check_not_student,
+    check_same_task,
+    check_vocabularies,
+    load_teacher,
+    prepare_quantized_student,
+)
+from hf_distill.training.checks import check_columns, check_needs, check_teacher_argument
+from hf_distill.training.metrics import MetricWindow
+
+
+# Keys of a batch that are not inputs of the student.
+TARGET_KEYS = ("labels", "num_items_in_batch")
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What one batch gave: the loss with its parts, the student's outputs, and its logits before projection."""
+
+    result: LinearLossOutput
+    outputs: Any
+    logits: Projection
+
+
+class DistillationMixin:
+    """Adds a teacher to a `transformers.Trainer`.
+
+    The wrapped student is called as usual, once, without its vocabulary projection; the loss projects the labelled
+    positions alone. The teacher runs on exactly the inputs that the student saw.
+
+    Args:
+        model: The student: a name or a model.
+        args: A config with the fields of `DistillationArguments`.
+        teacher_model: A name, "base", a `PreTrainedModel` or a `Teacher`; the config can name it instead.
+        objectives: Replaces the divergence that the config's flags build. `ce_weight` stays.
+        **kwargs: Arguments of the trainer.
+
+    Raises:
+        ValueError: An argument is wrong; as much as possible is found before any weight is loaded.
+    """
+
+    # The loss is divided by `num_items_in_batch`, which already counts all micro-batches.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: Any,
+        *,
+        teacher_model: str | PreTrainedModel | Teacher | None = None,
+        objectives: Sequence[Objective] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        teacher_source = check_teacher_argument(teacher_model, args)
+        self.objectives = self._build_objectives(args, objectives)
+        super().__init__(model=self._prepare_student(model, args), args=args, **kwargs)  # type: ignore[call-arg]
+        self._check_runtime()
+        self.task = task_of(self.model)
+        # Trainer guesses both from the model's class; here they are known.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = self.task == "causal_lm"
+        prepare_quantized_student(self.model)
+        self.teacher = self._build_teacher(teacher_source)
+        check_needs(self.objectives, self.teacher)
+        self.teacher.prepare(self.accelerator)
+        terms = [f"{name}_loss" for name in self._term_weights()]
+        monitors = [*STUDENT_MONITORS, *TEACHER_MONITORS]
+        self._train_window = MetricWindow([*terms, *monitors])
+        self._eval_window = MetricWindow(["loss", *terms, *monitors])
+        self._warned_unlabelled = False
+
+    def _prepare_student(self, model: str | PreTrainedModel | nn.Module, args: Any) -> Any:
+        """Make what the base trainer is given as its model; it is called when the arguments have been checked."""
+        return model
+
+    def _build_objectives(self, args: Any, objectives: Sequence[Objective] | None) -> list[LogitObjective]:
+        if objectives is None:
+            if args.kd_weight == 0:
+                return []
+            objectives = [
+                LogitObjective(
+                    args.kd_weight,
+                    divergence=args.divergence,
+                    temperature=args.temperature,
+                    divergence_kwargs=args.divergence_kwargs,
+                )
+            ]
+        unknown = [type(objective).__name__ for objective in objectives if not isinstance(objective, LogitObjective)]
+        if unknown:
+            raise ValueError(
+                f"`objectives` holds {unknown}; expected objectives of hf_distill, e.g. `LogitObjective(0.5)`."
+            )
+        check_logit_objectives(objectives)
+        if args.ce_weight + sum(objective.weight for objective in objectives) == 0:
+            raise ValueError("`ce_weight` and all weights of `objectives` are 0, so nothing is trained; set one > 0.")
+        return list(objectives)
+
+    def _build_teacher(self, source: str | PreTrainedModel | Teacher) -> Teacher:
+        """Load or wrap the teacher, and check that it fits the student."""
+        if isinstance(source, str) and source == "base":
+            return AdapterDisabledTeacher(self.model)
+        if isinstance(source, str):
+            teacher: Teacher = load_teacher(
+                source, quantization=self.args.teacher_quantization, dtype=self.args.teacher_dtype, task=self.task
+            )
+        elif isinstance(source, PreTrainedModel):
+            check_not_student(self.model, source)
+            teacher = ModelTeacher(source)
+        else:
+            teacher = source
+        check_not_student(self.model, teacher)
+        check_same_task(self.model, teacher)
+        if self.task != "sequence_classification":
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            check_vocabularies(tokenizer, teacher.tokenizer, describe(self.model).vocab_size, teacher.vocab_size)
+        return teacher
+
+    def _check_runtime(self) -> None:
+        """Refuse what the base trainer allows and the distillation loss would ignore."""
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "Several GPUs are visible to one process, which Trainer answers with nn.DataParallel; start the script "
+                "with `accelerate launch` instead, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError("`compute_loss_func` would be ignored; express it as an objective in `objectives=[...]`.")
+        problem = getattr(unwrap(self.model).config, "problem_type", None)
+        if problem not in (None, "single_label_classification"):
+            raise ValueError(
+                f"The student has problem_type={problem!r}; distillation compares distributions over classes: set "
+                "`model.config.problem_type = 'single_label_classification'`, with one class id per row in `labels`."
+            )
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError("Context and sequence parallelism split the labels; use DDP, FSDP2 or ZeRO instead.")
+
+    def _term_weights(self) -> dict[str, float]:
+        """The weight of every term of the loss by name, cross-entropy first."""
+        weights = {"ce": self.args.ce_weight} if self.args.ce_weight > 0 else {}
+        return weights | {objective.divergence: objective.weight for objective in self.objectives}
+
+    def _distill(self, model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> Distilled:
+        """Run teacher and student on one batch and compute the loss."""
+        if inputs.get("labels") is None:
+            raise ValueError(
+                f"The batch has {sorted(inputs)} and no `labels`; use a collator that makes them, e.g. "
+                "`DataCollatorForLanguageModeling(tokenizer, mlm=False)`, or add a `labels` column."
+            )
+        targets = Targets.from_labels(inputs["labels"], shift=self.task == "causal_lm")
+        self._warn_if_unlabelled(targets)
+        # The teacher comes first, so that its activations are gone when the student's graph is built.
+        teacher = self._teacher_signals(inputs, targets, training=model.training)
+        outputs, logits = self._student_forward(model, inputs)
+        student = StudentSignals(logits.at(targets.index), targets.labels)
+        with self.accelerator.autocast():
+            result = logit_loss(self.objectives, self.args.ce_weight, student, teacher, denominator=num_items)
+        return Distilled(result, outputs, logits)
+
+    def _warn_if_unlabelled(self, targets: Targets) -> None:
+        if len(targets) == 0 and not self._warned_unlabelled:
+            self._warned_unlabelled = True
+            warnings.warn(
+                "A batch has no labelled token (every label is -100): its loss is 0. If this is every batch, look at the "
+                "prompt mask and at `max_length`, which may cut the answers off.",
+                stacklevel=2,
+            )
+
+    def _student_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Projection]:
+        """Call the (wrapped) student and return its outputs and its logits before projection."""
+        features = {key: value for key, value in inputs.items() if key not in TARGET_KEYS}
+        if self.task == "sequence_classification":
+            outputs = model(**features)
+            return outputs, Projection(outputs.logits, identity)
+        if self.task == "causal_lm":
+            features["use_cache"] = False
+        with tap_last_hidden(model) as tap:
+            outputs = model(**features)
+        return outputs, Projection(tap.hidden, resolve_head(model))
+
+    def _teacher_signals(self, inputs: Mapping[str, Any], targets: Targets, training: bool) -> TeacherSignals | None:
+        """Run the teacher where an objective or, in evaluation, a monitor needs it."""
+        needs = (
+            frozenset().union(*(objective.needs for objective in self.objectives))
+            if training
+            else self.teacher.provides
+        )
+        if not needs:
+            return None
+        return self.teacher.signals(inputs, needs).at(targets.index)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of one micro-batch; see `transformers.Trainer.compute_loss`.
+
+        Language models return logits with no position in them; `evaluate` builds them where `compute_metrics` asks.
+        """
+        distilled = self._distill(model, inputs, num_items_in_batch)
+        loss = distilled.result.loss
+        if model.training:
+            self._train_window.add(self._sums(distilled.result), distilled.result.count)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The denominator counts the tokens of all ranks, and DDP averages gradients over them.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, distilled.outputs) if return_outputs else loss
+
+    def _sums(self, result: LinearLossOutput) -> dict[str, Tensor]:
+        return {f"{name}_loss": value for name, value in result.parts.items()} | dict(result.metrics)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Evaluate one batch. Full logits are built only when `compute_metrics` needs them."""
+        inputs = self._mask_repeated_rows(self._prepare_inputs(inputs))
+        with torch.no_grad():
+            distilled = self._distill(model, inputs, None)
+            result, weights = distilled.result, self._term_weights()
+            total = sum(weights[name] * value for name, value in result.parts.items())
+            self._eval_window.add(self._sums(result) | {"loss": total}, result.count)
+            if prediction_loss_only:
+                return result.loss, None, None
+            with self.accelerator.autocast():
+                logits = distilled.logits.head(distilled.logits.hidden)
+        return result.loss, logits.detach(), inputs["labels"]
+
+    def _mask_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Ignore the rows that Accelerate repeats to fill the last batch of every rank.
+
+        They are the rows that `gather_for_metrics` cuts off, but sums over tokens are taken before any gathering.
+        """
+        state = self.accelerator.gradient_state
+        if not (state.end_of_dataloader and state.remainder > 0 and self.accelerator.num_processes > 1):
+            return inputs
+        labels = inputs["labels"].clone()
+        if "position_ids" in inputs and "attention_mask" not in inputs:
+            # A padding-free batch: its rows are documents that follow each other.
+            row = (inputs["position_ids"] == 0).cumsum(-1) - 1
+            rows = int(row.max()) + 1
+        else:
+            rows = labels.shape[0]
+            row = torch.arange(rows, device=labels.device).view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)
+        labels[row + self.accelerator.process_index * rows >= state.remainder] = -100
+        return {**inputs, "labels": labels}
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Run the base loop and put token-weighted means, over all ranks, in place of its mean of batch means."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self._eval_window.reset()
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)  # type: ignore[misc]
+        means = self._eval_window.reduce(self.accelerator)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the training window to the step logs."""
+        if "loss" in logs:
+            logs |= self._train_window.reduce(self.accelerator)
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            check_columns(dataset, self._signature_columns, description or "given")
+        return super()._remove_unused_columns(dataset, description)  # type: ignore[misc]

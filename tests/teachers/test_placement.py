@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import DistributedType, dispatch_model
+from torch import nn
+
+from hf_distill.functional import LMHead
+from hf_distill.signals import Signal
+from hf_distill.teachers import ModelTeacher
+from hf_distill.teachers.placement import RemoteHead
+from tests import tiny
+
+
+LOGITS = frozenset({Signal.LOGITS})
+BATCH = {"input_ids": torch.arange(10, 22).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+ROOT = Path(__file__).parents[2]
+
+
+def run_of(kind: DistributedType = DistributedType.NO, device: str = "cpu", **state) -> SimpleNamespace:
+    """What a teacher asks of an Accelerator."""
+    return SimpleNamespace(
+        distributed_type=kind,
+        num_processes=1 if kind == DistributedType.NO else 2,
+        device=torch.device(device),
+        is_fsdp2=state.pop("is_fsdp2", False),
+        state=SimpleNamespace(**state),
+    )
+
+
+def logits_of(teacher: ModelTeacher) -> torch.Tensor:
+    projection = teacher.signals(BATCH, LOGITS).logits
+    return projection.head(projection.hidden)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_GPU])
+def test_a_plain_teacher_is_moved_to_the_device_of_the_process(kind):
+    teacher = ModelTeacher(tiny.model())
+    teacher.prepare(run_of(kind, "meta"))
+    assert {parameter.device.type for parameter in teacher.model.parameters()} == {"meta"}
+
+
+def test_the_accelerator_does_not_learn_of_the_teacher():
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = tiny.model()
+    teacher = ModelTeacher(model)
+    forward = model.forward
+    teacher.prepare(accelerator)
+    assert accelerator._models == []  # else it would be in save_state, and evaluate() would not prepare the student
+    assert model.forward == forward  # no autocast
+    assert logits_of(teacher).dtype == torch.float32
+
+
+def spread_model(tmp_path) -> nn.Module:
+    model = tiny.model()
+    device_map = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    return dispatch_model(
+        model, device_map | {"lm_head": "disk"}, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
+    )
+
+
+def test_a_spread_teacher_stays_where_it_is_in_a_single_process(tmp_path):
+    expected = tiny.model()(**BATCH).logits.detach()
+    teacher = ModelTeacher(spread_model(tmp_path))
+    teacher.prepare(run_of())
+    assert teacher.model.lm_head.weight.is_meta  # still on the disk
+    torch.testing.assert_close(logits_of(teacher), expected)
+
+
+def test_a_spread_teacher_is_refused_in_a_distributed_run(tmp_path):
+    teacher = ModelTeacher(spread_model(tmp_path))
+    with pytest.raises(ValueError, match=r"spread over \['cpu', 'disk'\].*2 processes.*nf4"):
+        teacher.prepare(run_of(DistributedType.MULTI_CPU))
+
+
+def test_a_quantised_replica_must_be_on_the_device_of_its_process():
+    model = tiny.model()
+    model.is_loaded_in_4bit = True
+    teacher = ModelTeacher(model)
+    with pytest.raises(ValueError, match=r"quantised teacher is on cpu.*trains on cuda:1.*device_map="):
+        teacher.prepare(run_of(DistributedType.MULTI_GPU, "cuda:1"))
+    teacher.prepare(run_of(DistributedType.MULTI_CPU))
+    teacher.prepare(run_of(DistributedType.NO, "cuda"))  # a single process may keep its teacher elsewhere
+    assert model.device.type == "cpu"
+
+
+def test_the_first_version_of_fsdp_is_refused():
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        ModelTeacher(tiny.model()).prepare(run_of(DistributedType.FSDP))
+
+
+def test_a_head_elsewhere_takes_and_gives_tensors_of_the_students_device():
+    head = RemoteHead(LMHead(torch.ones(5, 3, device="meta")), torch.device("meta"), torch.device("meta"))
+    assert head(torch.ones(2, 3)).shape == (2, 5)
+
+
+def test_zero3_is_prepared_by_trl_and_the_head_is_gathered_once(monkeypatch):
+    gathered = []
+
+    class GatheredParameters:
+        def __init__(self, parameters):
+            gathered.extend(parameters)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    class Engine(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs):
+            return self.module(**inputs)
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "deepspeed.zero", SimpleNamespace(GatheredParameters=GatheredParameters))
+    monkeypatch.setattr("trl.models.utils.prepare_deepspeed", lambda model, accelerator: Engine(model))
+    model = tiny.model("gemma2", final_logit_softcapping=0.1)
+    expected = model(**BATCH).logits.detach()
+    for parameter in model.parameters():
+        parameter.ds_id, parameter.ds_numel = 0, 7
+    teacher = ModelTeacher(model)
+    run = run_of(DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    teacher.prepare(run)
+    teacher.prepare(run)
+    assert isinstance(teacher.model, Engine)
+    assert not isinstance(teacher.model.module, Engine)
+    assert [id(parameter) for parameter in gathered] == [id(model.lm_head.weight)]
+    torch.testing.assert_close(logits_of(teacher), expected)
+    assert teacher.config_for_card()["parameters"] == 7 * len(list(model.parameters()))
+
+
+def test_other_zero_stages_keep_a_replica():
+    model = tiny.model()
+    teacher = ModelTeacher(model)
+    teacher.prepare(run_of(DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=2)))
+    assert teacher.model is model
+
+
+FSDP2 = """
+import sys
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+from hf_distill.signals import Signal
+from hf_distill.teachers import ModelTeacher
+from tests import tiny
+
+plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+model = tiny.model(sys.argv[1])
+# Every rank reads other tokens, and another number of them.
+batch = {"input_ids": torch.arange(10, 16 + 2 * accelerator.process_index)[None]}
+expected = model(**batch).logits.detach()
+teacher = ModelTeacher(model)
+teacher.prepare(accelerator)
+for _ in range(2):
+    projection = teacher.signals(batch, {Signal.LOGITS}).logits
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    torch.testing.assert_close(projection.head(projection.hidden), expected, atol=1e-6, rtol=1e-5)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_an_fsdp2_teacher_is_sharded_and_gives_the_logits_of_the_whole_model(tmp_path):
+    (tmp_path / "fsdp2.py").write_text(FSDP2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    result = subprocess.run(
+        [*launcher, str(tmp_path / "fsdp2.py"), "gemma2"],
+        cwd=ROOT,
+        env={
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+            "ACCELERATE_USE_FSDP": "true",
+        },
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]

@@ -1,0 +1,89 @@
+"""Short SGD runs of both trainers, shared by the tests and by the script that tests start on two ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import DataCollatorForSeq2Seq, set_seed
+
+from tests import tiny
+
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+# Plain SGD: AdamW does not see a loss that is wrong by a constant factor.
+COMMON = {
+    "optim": "sgd",
+    "learning_rate": 0.5,
+    "max_grad_norm": 0.0,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "seed": 0,
+}
+
+
+def make_trainer(kind: str, output_dir: Path, *, lora: bool = False, rows: int = 16, **config):
+    """Build a tiny `KDTrainer` ("kd") or `KDSFTTrainer` ("sft"); `config` overrides its fields."""
+    student, teacher = tiny.model("llama", layers=1, seed=0), tiny.model("llama", layers=2, seed=1)
+    peft_config = LoraConfig(**LORA) if lora else None
+    settings = COMMON | {"output_dir": str(output_dir)} | config
+    tokenizer = tiny.tokenizer()
+    if kind == "kd":
+        from hf_distill import KDConfig, KDTrainer
+
+        return KDTrainer(
+            student,
+            teacher,
+            KDConfig(**settings),
+            train_dataset=tiny.tokenized_dataset(rows),
+            eval_dataset=tiny.tokenized_dataset(5, seed=1),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    from hf_distill import KDSFTConfig, KDSFTTrainer
+
+    return KDSFTTrainer(
+        student,
+        teacher,
+        KDSFTConfig(**({"bf16": False, "gradient_checkpointing": False} | settings)),
+        train_dataset=tiny.prompt_completion_dataset(rows),
+        eval_dataset=tiny.prompt_completion_dataset(5),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def trained(trainer) -> dict[str, torch.Tensor]:
+    """The trained weights by name."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def logged(trainer, key: str) -> list[float]:
+    """One value of each logging step."""
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def main() -> None:
+    """Train on the ranks that the launcher started, evaluate, and save what rank 0 has."""
+    kind, lora, folder, settings = sys.argv[1], sys.argv[2] == "lora", Path(sys.argv[3]), json.loads(sys.argv[4])
+    set_seed(0)
+    trainer = make_trainer(kind, folder / "run", lora=lora, **settings)
+    trainer.train()
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        torch.save(trained(trainer), folder / "weights.pt")
+        report = {"history": trainer.state.log_history, "eval": metrics, "world": trainer.accelerator.num_processes}
+        (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
