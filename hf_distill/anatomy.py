@@ -302,8 +302,8 @@ def _logit_scale(config: PreTrainedConfig) -> float:
         value = getattr(config, attribute, None)
         if value not in (None, 1.0):
             raise ValueError(
-                f"model_type {config.model_type!r} sets {attribute}={value}, and it is not known whether its logits are "
-                "multiplied or divided by it. Add a row to `LOGIT_SCALES` in hf_distill/anatomy.py."
+                f"model_type {config.model_type!r} sets {attribute}={value}, and it is not known whether its logits "
+                "are multiplied or divided by it. Add a row to `LOGIT_SCALES` in hf_distill/anatomy.py."
             )
     return 1.0
 
@@ -327,7 +327,7 @@ def _is_plain(head: nn.Module) -> bool:
     if type(head) is not nn.Linear and not fsdp_linear:
         return False
     weight = head.weight
-    # Quantised and packed weights are subclasses of Parameter or of Tensor; 8-bit floats need scales that are elsewhere.
+    # Quantised and packed weights are subclasses of Parameter or Tensor; 8-bit floats need scales kept elsewhere.
     ordinary = type(weight) is nn.Parameter or isinstance(weight, DTensor)
     readable = weight.is_floating_point() and weight.dtype.itemsize > 1
     elsewhere = weight.is_meta or hasattr(weight, "ds_id") or hasattr(head, "_hf_hook")

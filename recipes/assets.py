@@ -81,18 +81,20 @@ def smollm2(cache: Path | None = None) -> Path:
 
 
 def minilm(cache: Path | None = None) -> Path:
-    """Return a folder with all-MiniLM-L6-v2 (MIT, 22.7 M parameters): a BERT encoder of 6 layers with its tokenizer."""
+    """Return a folder with all-MiniLM-L6-v2 (MIT, 22.7 M parameters): a BERT encoder of 6 layers."""
     return _asset("all-minilm-l6-v2", MINILM, _unpack_minilm, cache)
 
 
 def review_texts(cache: Path | None = None) -> dict[str, list[Review]]:
     """Return review and editorial snippets (MIT; movies, products, newspaper) as `{"train": [...], "test": [...]}`.
 
-    A text that differs from another only in case or spaces is dropped. The hash of the text decides split and order, so
-    no text is in both splits and every run sees the same rows. Source: Hutto and Gilbert, VADER, ICWSM 2014.
+    A text that differs from another only in case or spaces is dropped. The hash of the text decides split and order,
+    so no text is in both splits and every run sees the same rows. Source: Hutto and Gilbert, VADER, ICWSM 2014.
     """
     folder = _asset("reviews", REVIEWS, _unpack_reviews, cache)
-    rows = [row for source, name in REVIEW_FILES.items() for row in parse_reviews((folder / name).read_text(), source)]
+    rows = []
+    for source, name in REVIEW_FILES.items():
+        rows += parse_reviews((folder / name).read_text(encoding="utf-8"), source)
     return split_reviews(rows)
 
 
@@ -113,7 +115,7 @@ def movie_sentiment(cache: Path | None = None) -> dict[str, Dataset]:
 
 
 def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """Join tokenized texts, each closed by EOS, and cut them into rows of `length` tokens; the incomplete tail is dropped.
+    """Join tokenized texts, each closed by EOS, and cut them into rows of `length` tokens without the incomplete tail.
 
     Returns:
         `input_ids` and `labels` (a copy), both `[length]` in every row.

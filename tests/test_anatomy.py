@@ -200,7 +200,7 @@ def test_the_first_fsdp_is_refused_with_the_setting_that_helps():
 
 
 def test_something_that_is_no_transformers_model_is_refused():
-    with pytest.raises(ValueError, match="PreTrainedModel.*got Linear"):
+    with pytest.raises(ValueError, match=r"PreTrainedModel.*got Linear"):
         describe(nn.Linear(2, 2))
 
 

@@ -1,7 +1,6 @@
 """Floating point operations of a distillation step, counted per token: one multiply and add are two.
 
-Source: Kaplan et al., arXiv 2001.08361, section 2.1 (forward 2N, backward 4N); Korthikanti et al., arXiv 2205.05198,
-section 5 (recomputation).
+Source: Kaplan et al., arXiv 2001.08361, section 2.1: forward 2N, backward 4N.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ def forward_flops(parameters: int, attention: float = 0.0) -> float:
     return 2.0 * parameters + attention
 
 
-def training_flops(
-    parameters: int, attention: float = 0.0, *, adapter: int | None = None, recomputed: float = 0.0
-) -> float:
+def training_flops(parameters: int, attention: float = 0.0, *, adapter: int | None = None) -> float:
     """Of one token's forward and backward pass.
 
     `6 N` when all parameters train. Frozen weights need no gradient: `4 N`, plus `6` per adapter parameter. Attention
@@ -31,10 +28,9 @@ def training_flops(
         parameters: N, the base model's own parameters only.
         attention: Forward FLOPs of attention, from `attention_flops`.
         adapter: Trainable parameters of an adapter on a frozen model; None trains everything.
-        recomputed: Forward FLOPs that gradient checkpointing repeats in backward.
     """
     weights = 6.0 * parameters if adapter is None else 4.0 * parameters + 6.0 * adapter
-    return weights + 3.0 * attention + recomputed
+    return weights + 3.0 * attention
 
 
 def attention_flops(config: PreTrainedConfig, sequence_length: int) -> float:

@@ -11,9 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_distill.anatomy import describe
+
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,13 @@ class ParameterCount:
 
     Args:
         total: All parameters.
-        embedding: Rows that are looked up and not multiplied: tokens, positions, token types.
-        head: The projection to the vocabulary; it is part of `embedding` when `tied`. 0 for a classifier.
+        embedding: Rows that are looked up, not multiplied: tokens, positions, token types.
+        head: The projection to the vocabulary, which is part of `embedding` when `tied`; 0 for classifiers.
         tied: The head is the token embedding.
-        linear: Weights of linear layers without the head: what 4-bit and 8-bit loading quantise.
+        linear: Weights of linear layers but for the head: what 4-bit and 8-bit loading quantise.
         block: The largest transformer layer: what FSDP and ZeRO-3 gather at a time.
+        layers: Number of transformer layers.
+        block_width: Sum over a layer's linear modules of inputs and outputs: what its activations are made of.
         idle: Expert weights that one token does not pass (mixture of experts).
     """
 
@@ -36,16 +40,18 @@ class ParameterCount:
     tied: bool
     linear: int
     block: int
-    idle: int = 0
+    layers: int
+    block_width: int
+    idle: int
 
     @property
     def non_embedding(self) -> int:
-        """Parameters without embeddings and head, the N of scaling laws."""
+        """Parameters without embeddings and head: the N of scaling laws."""
         return self.total - self.embedding - (0 if self.tied else self.head)
 
     @property
     def multiplied(self) -> int:
-        """Parameters that every token is multiplied with: two FLOPs each in a forward pass."""
+        """Parameters that a token is multiplied with: two FLOPs each in a forward pass."""
         return self.non_embedding - self.idle + self.head
 
 
@@ -53,59 +59,54 @@ def parameter_count(config: PreTrainedConfig) -> ParameterCount:
     """Count the parameters of the model that a config describes, exactly and without memory for weights.
 
     Args:
-        config: Of any transformers model; `architectures` names the class, a causal language model when it is empty.
+        config: `architectures` names the class; a causal language model when it is empty.
     """
-    return count(skeleton(config))
-
-
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model on the meta device, in bf16."""
-    with torch.device("meta"):
-        if config.architectures:
-            return getattr(transformers, config.architectures[0])._from_config(config, dtype=torch.bfloat16)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
-def count(model: PreTrainedModel) -> ParameterCount:
-    """Count the parameters of a model that is not wrapped."""
+    model = skeleton(config)
+    layers = describe(model).layers
     head = model.get_output_embeddings()
     head_weight = getattr(head, "weight", None)
-    embeddings = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    linear = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) or 0
+    looked_up = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     return ParameterCount(
         total=model.num_parameters(),
-        embedding=sum(weight.numel() for weight in embeddings.values()),
+        embedding=sum(looked_up.values()),
         head=0 if head_weight is None else head_weight.numel(),
-        tied=id(head_weight) in embeddings,
-        linear=sum(module.weight.numel() for module in linear),
-        block=_largest_block(model),
-        idle=_idle_experts(model),
+        tied=id(head_weight) in looked_up,
+        linear=sum(m.weight.numel() for m in _linear_modules(model) if m is not head),
+        block=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        layers=len(layers),
+        block_width=max(_width(layer, chosen) for layer in layers),
+        idle=sum(p.numel() // p.shape[0] * (p.shape[0] - chosen) for p in _experts(model) if chosen),
     )
 
 
-def adapted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """Add adapters to a model on the meta device."""
+def adapter_count(config: PreTrainedConfig, peft_config: PeftConfig) -> int:
+    """Count the parameters that train when PEFT adds an adapter to the model of a config."""
     from peft import get_peft_model
 
+    model = skeleton(config)
     with torch.device("meta"):
-        return get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config)
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-def trainable(model: nn.Module) -> int:
-    """Count the parameters that get gradients."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model of a config on the meta device."""
+    with torch.device("meta"):
+        if config.architectures:
+            return getattr(transformers, config.architectures[0])._from_config(config)
+        return AutoModelForCausalLM.from_config(config)
 
 
-def _largest_block(model: PreTrainedModel) -> int:
-    names = set(model._no_split_modules or ())
-    blocks = [m for m in model.modules() if type(m).__name__ in names]
-    return max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+def _linear_modules(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
 
 
-def _idle_experts(model: PreTrainedModel) -> int:
-    """Expert weights are stacked, `[experts, ...]`; every token takes `num_experts_per_tok` of them."""
-    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    if not chosen:
-        return 0
-    stacked = [p for p in model.parameters() if p.dim() == 3]
-    return sum(p.numel() - p.numel() * chosen // p.shape[0] for p in stacked)
+def _experts(module: nn.Module) -> list[nn.Parameter]:
+    """Weights of experts are stacked: `[experts, ., .]`."""
+    return [p for p in module.parameters() if p.dim() == 3]
+
+
+def _width(layer: nn.Module, experts_per_token: int) -> int:
+    dense = sum(sum(m.weight.shape) for m in _linear_modules(layer))
+    return dense + experts_per_token * sum(sum(p.shape[1:]) for p in _experts(layer))

@@ -65,9 +65,9 @@ def shrink(
     """Build a student of the same class from copies of some of the teacher's layers.
 
     Embeddings, final norm and head are copied too. The student's config is that of its depth, with
-    `hf_distill = {"kept_layers": [...], "teacher_num_hidden_layers": L}` saying where the layers come from. The teacher is
-    left as it is, and the student is in eval mode on the teacher's device, as after `from_pretrained`. Starting from the
-    teacher's own layers is the initialisation of DistilBERT (Sanh et al., 2019, arXiv:1910.01108).
+    `hf_distill = {"kept_layers": [...], "teacher_num_hidden_layers": L}` saying where the layers come from. The
+    teacher is left as it is, and the student is in eval mode on the teacher's device, as after `from_pretrained`.
+    Starting from the teacher's own layers is the initialisation of DistilBERT (Sanh et al., 2019, arXiv:1910.01108).
 
     Args:
         teacher: A model with real weights: not quantised, without adapters, not sharded or offloaded.
@@ -112,8 +112,8 @@ def _check_readable(teacher: nn.Module) -> None:
     for name, parameter in teacher.named_parameters():
         if parameter.is_meta or hasattr(parameter, "ds_id") or hasattr(parameter, "placements"):
             raise ValueError(
-                f"The teacher's weight {name!r} is offloaded or sharded. Call `shrink` on a model loaded on one device, "
-                "before it is prepared for training."
+                f"The teacher's weight {name!r} is offloaded or sharded. Call `shrink` on a model loaded on one "
+                "device, before it is prepared for training."
             )
 
 
@@ -186,9 +186,9 @@ def _copy_weights(teacher: nn.Module, student: nn.Module, layers: str, kept: lis
             origin = f"{prefix}{kept[int(position)]}.{rest}"
         if origin not in state or state[origin].shape != tensor.shape:
             raise ValueError(
-                f"The teacher has no weight {origin!r} of shape {list(tensor.shape)}, which a {type(student).__name__} "
-                "built from its config has. Merge adapters first (`model = model.merge_and_unload()`), and load "
-                "the teacher without quantisation."
+                f"The teacher has no weight {origin!r} of shape {list(tensor.shape)}, which a "
+                f"{type(student).__name__} built from its config has. Merge adapters first "
+                "(`model = model.merge_and_unload()`), and load the teacher without quantisation."
             )
         tensor.copy_(state[origin])
         unused.discard(origin)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_distill.anatomy import describe, resolve_head, task_of, unwrap
+from hf_distill.evaluation import Benchmark, RetentionReport, evaluate_retention
 from hf_distill.functional import LinearLossOutput
 from hf_distill.objectives import LogitObjective, Objective, check_logit_objectives, logit_loss
 from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
@@ -27,6 +28,7 @@ from hf_distill.teachers import (
     load_teacher,
     prepare_quantized_student,
 )
+from hf_distill.training.card import trainer_card, write_card
 from hf_distill.training.checks import check_columns, check_needs, check_teacher_argument
 from hf_distill.training.metrics import MetricWindow
 
@@ -90,6 +92,7 @@ class DistillationMixin:
         self._train_window = MetricWindow([*terms, *monitors])
         self._eval_window = MetricWindow(["loss", *terms, *monitors])
         self._warned_unlabelled = False
+        self.retention_report: RetentionReport | None = None
 
     def _prepare_student(self, model: str | PreTrainedModel | nn.Module, args: Any) -> Any:
         """Make what the base trainer is given as its model; it is called when the arguments have been checked."""
@@ -286,6 +289,28 @@ class DistillationMixin:
         if "loss" in logs:
             logs |= self._train_window.reduce(self.accelerator)
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def evaluate_retention(self, benchmarks: Sequence[Benchmark], baseline: Any = None) -> RetentionReport:
+        """Measure how much of the teacher the student keeps; the report goes into the model card.
+
+        Args:
+            benchmarks: For example `[Perplexity(held_out), KLDivergence(held_out)]`.
+            baseline: Another model to report beside the student, for example the student before distillation.
+        """
+        self.retention_report = evaluate_retention(self.model, self.teacher, benchmarks, self.processing_class, baseline)
+        return self.retention_report
+
+    def create_model_card(self, **facts: Any) -> None:
+        """Write `README.md` into the output folder: what was done and measured, nothing else.
+
+        It runs by itself in `push_to_hub`, which passes its keyword arguments on.
+
+        Args:
+            **facts: `model_name`, `dataset_name`, `tags`, `finetuned_from` and every field of
+                `hf_distill.cards.DistillationCard`.
+        """
+        if self.is_world_process_zero():
+            write_card(trainer_card(self, **facts), self.args.output_dir)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         if self.args.remove_unused_columns:

@@ -226,7 +226,8 @@ def test_an_offloaded_teacher_is_refused():
 
 @pytest.mark.parametrize("config", [{"target_modules": ["q_proj"]}, {"modules_to_save": ["lm_head"]}])
 def test_adapters_must_be_merged_first(config):
-    teacher = get_peft_model(tiny.model("llama", layers=3), LoraConfig(r=4, **({"target_modules": ["k_proj"]} | config)))
+    config = LoraConfig(r=4, **({"target_modules": ["k_proj"]} | config))
+    teacher = get_peft_model(tiny.model("llama", layers=3), config)
     with pytest.raises(ValueError, match="merge_and_unload"):
         shrink(teacher, num_hidden_layers=2)
     assert shrink(teacher.merge_and_unload(), num_hidden_layers=2).config.num_hidden_layers == 2

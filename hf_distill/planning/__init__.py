@@ -1,0 +1,7 @@
+"""What a run needs before it is started: parameters, FLOPs and memory, from configs alone."""
+
+from hf_distill.planning.parameters import ParameterCount, parameter_count
+from hf_distill.planning.planner import Plan, plan
+
+
+__all__ = ["ParameterCount", "Plan", "parameter_count", "plan"]

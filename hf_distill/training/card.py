@@ -1,0 +1,93 @@
+"""The model card of a trainer: the facts that it knows by itself, beside those that the user adds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_distill.anatomy import unwrap
+from hf_distill.cards import Dataset, DistillationCard, Loss, installed_versions, render_card
+from hf_distill.functional import DIVERGENCES
+
+
+def trainer_card(
+    trainer: Any,
+    *,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    finetuned_from: str | None = None,
+    **facts: Any,
+) -> DistillationCard:
+    """Collect what a trainer knows of its run.
+
+    Args:
+        trainer: A `KDTrainer` or `KDSFTTrainer`.
+        model_name: The model's own name; that of the output folder when not given.
+        dataset_name: Hub id or description of the training data.
+        tags: Further tags for the Hub.
+        finetuned_from: The checkpoint that the student was initialised from, where its config does not say.
+        **facts: Fields of `DistillationCard`; they win over what the trainer knows.
+    """
+    args, base = trainer.args, unwrap(trainer.model)
+    teacher = trainer.teacher.config_for_card()
+    quantization = teacher.get("quantization")
+    known: dict[str, Any] = {
+        "name": model_name or Path(args.output_dir).name,
+        "teacher": teacher.get("name") or f"a {teacher['architecture']}",
+        "teacher_quantization": quantization,
+        "task": trainer.task,
+        "repo_id": trainer.hub_model_id if args.push_to_hub else None,
+        "base_model": finetuned_from or base.config.name_or_path or None,
+        "student": _kept_layers(base.config),
+        "adapter": hasattr(trainer.model, "peft_config"),
+        "losses": _losses(trainer),
+        "datasets": [Dataset(dataset_name)] if dataset_name else [],
+        "steps": trainer.state.global_step or None,
+        "seed": args.seed,
+        "hyperparameters": _hyperparameters(args),
+        "report": trainer.retention_report,
+        "versions": installed_versions(),
+        "tags": [tags] if isinstance(tags, str) else list(tags or ()),
+    }
+    return DistillationCard(**(known | facts))
+
+
+def write_card(card: DistillationCard, folder: str | Path) -> Path:
+    """Render a card to `folder/README.md`; an interrupted write leaves an older card whole."""
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".README.{os.getpid()}.tmp")
+    unfinished.write_text(render_card(card), encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def _losses(trainer: Any) -> list[Loss]:
+    losses = [Loss("cross-entropy", trainer.args.ce_weight)] if trainer.args.ce_weight > 0 else []
+    for objective in trainer.objectives:
+        settings = {"temperature": objective.temperature, **objective.divergence_kwargs}
+        losses.append(Loss(objective.divergence, objective.weight, settings, DIVERGENCES[objective.divergence].paper))
+    return losses
+
+
+def _hyperparameters(args: Any) -> dict[str, Any]:
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "as loaded"
+    return {
+        "learning rate": args.learning_rate,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "rows per step": rows,
+        "precision": precision,
+    }
+
+
+def _kept_layers(config: Any) -> str | None:
+    """How `shrink` made the student, where it did."""
+    origin = getattr(config, "hf_distill", None)
+    if not origin:
+        return None
+    return f"{len(origin['kept_layers'])} of the {origin['teacher_num_hidden_layers']} layers: {origin['kept_layers']}"
