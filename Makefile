@@ -10,15 +10,16 @@ export TOKENIZERS_PARALLELISM := false
 help: ## Say what each target does
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
-# The lock names every package, so pip has nothing to resolve; --no-compile saves a minute.
+# The lock names every package, so pip has nothing to resolve.
 $(INSTALLED): requirements.lock pyproject.toml setup.cfg
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
 quickstart: $(INSTALLED) ## Distil a real model and print how much of the teacher it kept (10 minutes on 2 cores)
 	$(BIN)/python recipes/quickstart.py $(ARGS)
+	$(BIN)/python recipes/generate.py outputs/quickstart
 
 test: $(INSTALLED) ## Run every test that needs no GPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu" $(ARGS)

@@ -126,8 +126,12 @@ class DistillationCard:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Tell a Hub id (`gpt2`, `org/name`) from a path or a description. A folder that exists here is a path."""
-    if not name or os.path.exists(name):
+    """Tell a Hub id, `organisation/name`, from a path or a description.
+
+    A folder that exists here is a path. A name without an organisation is taken for a folder too, so the few old ids
+    of that form are written in full: `openai-community/gpt2`.
+    """
+    if not name or "/" not in name or os.path.exists(name):
         return False
     try:
         validate_repo_id(name)

@@ -112,7 +112,7 @@ def card_metadata(data: DistillationCard) -> ModelCardData:
         tags=[*TAGS, *data.tags],
         base_model=base_model,
         base_model_relation=relation,
-        datasets=[item.name for item in data.datasets if "/" in item.name and is_hub_id(item.name)] or None,
+        datasets=[item.name for item in data.datasets if is_hub_id(item.name)] or None,
         model_name=data.name if results else None,
         eval_results=results or None,
         distillation=_distillation(data),
@@ -198,9 +198,7 @@ def _datasets(data: DistillationCard) -> str | None:
 
 
 def _dataset_name(name: str) -> str:
-    return (
-        f"[{name}](https://huggingface.co/datasets/{name})" if "/" in name and is_hub_id(name) else display_name(name)
-    )
+    return f"[{name}](https://huggingface.co/datasets/{name})" if is_hub_id(name) else display_name(name)
 
 
 def _licenses(data: DistillationCard) -> str | None:

@@ -9,6 +9,7 @@ from hf_distill.evaluation.benchmarks import (
 )
 from hf_distill.evaluation.metrics import load_metric
 from hf_distill.evaluation.retention import RetentionReport, RetentionRow, evaluate_retention
+from hf_distill.evaluation.speed import tokens_per_second
 
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "Top1Agreement",
     "evaluate_retention",
     "load_metric",
+    "tokens_per_second",
 ]

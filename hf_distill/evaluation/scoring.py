@@ -74,9 +74,9 @@ class Lineup:
         Raises:
             ValueError: The models differ in it, or have only one (regression).
         """
-        counts = {role: _width(model) for role, model in self.models.items()}
+        counts = {role: _classes(model) for role, model in self.models.items()}
         if len(set(counts.values())) > 1 or counts[TEACHER] < 2:
-            raise ValueError(f"The classifiers' numbers of classes are {counts}; expected the same classes.")
+            raise ValueError(f"The classifiers have {counts} classes; expected the same number, at least 2.")
         return counts[TEACHER]
 
     def rows(self, dataset: Dataset, max_length: int | None) -> list[Row]:
@@ -96,7 +96,8 @@ class Lineup:
                     "one token. Look at the prompt mask and at `max_length`, which may cut the answers off."
                 )
             for role, model in self.models.items():
-                _check_ids(rows, role, _width(model))
+                if (width := _width(model)) is not None:
+                    _check_ids(rows, role, width)
             self._rows[key] = rows
         return self._rows[key]
 
@@ -137,10 +138,14 @@ def _task(model: Any) -> str:
     return task_of(unwrap(model)) if isinstance(model, nn.Module) else model.task
 
 
-def _width(model: Any) -> int:
-    """Width of the logits: the vocabulary or the number of classes."""
+def _classes(model: Any) -> int:
+    return unwrap(model).config.num_labels if isinstance(model, nn.Module) else len(model.labels)
+
+
+def _width(model: Any) -> int | None:
+    """Width of the logits: the vocabulary or the number of classes; None for a teacher that does not know."""
     if _task(model) == CLASSIFICATION:
-        return unwrap(model).config.num_labels if isinstance(model, nn.Module) else len(model.labels)
+        return _classes(model)
     return describe(model).vocab_size if isinstance(model, nn.Module) else model.vocab_size
 
 
@@ -157,7 +162,8 @@ def _check_ids(rows: list[Row], role: str, width: int) -> None:
 def _score(models: Mapping[str, Any], task: str, rows: list[Row], batch_size: int) -> dict[str, RowSums]:
     """Run every model once over the rows, longest first so that batches hold little padding."""
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    tile_rows = max(1, TILE_BYTES // (4 * max(_width(model) for model in models.values())))
+    widest = max(_width(model) or 1 for model in models.values())
+    tile_rows = max(1, TILE_BYTES // (4 * widest))
     count = torch.zeros(len(rows), dtype=torch.float64)
     sums = {role: torch.zeros(len(STATISTICS), len(rows), dtype=torch.float64) for role in models}
     for start in tqdm(range(0, len(rows), batch_size), desc="Scoring", disable=None, leave=False):

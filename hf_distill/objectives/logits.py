@@ -54,6 +54,7 @@ class LogitObjective(Objective):
         self.divergence_kwargs = dict(divergence_kwargs or {})
 
     def config(self) -> dict[str, object]:
+        """What the model card says of this objective."""
         return super().config() | {
             "divergence": self.divergence,
             "temperature": self.temperature,

@@ -23,7 +23,7 @@ class DistillationArguments:
     Args:
         teacher_model_name_or_path: The teacher, loaded by the trainer; "base" is a LoRA student's own base model.
         teacher_quantization: "nf4" or "int8" to load the teacher with bitsandbytes.
-        teacher_dtype: Precision of the teacher's weights, for example "bfloat16"; "auto" is the one they were saved in.
+        teacher_dtype: Precision of the teacher's weights, for example "bfloat16"; "auto" keeps the saved one.
         ce_weight: Weight of the cross-entropy on the labels.
         kd_weight: Weight of the divergence from the teacher.
         temperature: Softens both distributions. 1 is right for language models, whose distributions are peaked.

@@ -144,8 +144,8 @@ class DistillationMixin:
         """Refuse what the base trainer allows and the distillation loss would ignore."""
         if self.args.n_gpu > 1:
             raise ValueError(
-                "Several GPUs are visible to one process, which Trainer answers with nn.DataParallel; start the script "
-                "with `accelerate launch` instead, or set CUDA_VISIBLE_DEVICES to one GPU."
+                "Several GPUs are visible to one process, which Trainer answers with nn.DataParallel; start the "
+                "script with `accelerate launch` instead, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         if self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` would be ignored; express it as an objective in `objectives=[...]`.")
@@ -185,8 +185,8 @@ class DistillationMixin:
         if len(targets) == 0 and not self._warned_unlabelled:
             self._warned_unlabelled = True
             warnings.warn(
-                "A batch has no labelled token (every label is -100): its loss is 0. If this is every batch, look at the "
-                "prompt mask and at `max_length`, which may cut the answers off.",
+                "A batch has no labelled token (every label is -100): its loss is 0. If this is every batch, look at "
+                "the prompt mask and at `max_length`, which may cut the answers off.",
                 stacklevel=2,
             )
 
@@ -297,7 +297,9 @@ class DistillationMixin:
             benchmarks: For example `[Perplexity(held_out), KLDivergence(held_out)]`.
             baseline: Another model to report beside the student, for example the student before distillation.
         """
-        self.retention_report = evaluate_retention(self.model, self.teacher, benchmarks, self.processing_class, baseline)
+        self.retention_report = evaluate_retention(
+            self.model, self.teacher, benchmarks, self.processing_class, baseline
+        )
         return self.retention_report
 
     def create_model_card(self, **facts: Any) -> None:

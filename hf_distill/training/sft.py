@@ -93,7 +93,6 @@ def _lm_head_adapters_allowed() -> Iterator[None]:
 
     It refuses because its loss reads `lm_head.weight`; ours runs an adapted head's own forward.
     """
-
     tuner_layer = sft_trainer.BaseTunerLayer
     sft_trainer.BaseTunerLayer = ()  # isinstance(anything, ()) is False
     try:

@@ -198,7 +198,8 @@ def test_a_folder_in_the_working_directory_is_no_hub_id(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("gpt2", True),
+        ("openai-community/gpt2", True),
+        ("gpt2", False),
         ("org/name-1.5_b", True),
         ("a/b/c", False),
         ("./name", False),

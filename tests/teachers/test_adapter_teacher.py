@@ -19,12 +19,13 @@ BATCH = {"input_ids": torch.arange(10, 22).view(2, 6), "attention_mask": torch.o
 def adapted(model: nn.Module, **config) -> nn.Module:
     """A LoRA student whose adapter has learned something."""
     config = {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.5, "task_type": "CAUSAL_LM"} | config
-    student = get_peft_model(model, LoraConfig(r=4, **config))
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-                parameter.add_(noise, alpha=0.1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student = get_peft_model(model, LoraConfig(r=4, **config))
+        with torch.no_grad():
+            for parameter in student.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return student.train()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import DataCollatorForSeq2Seq, set_seed
+from transformers import DataCollatorForSeq2Seq
 
 from tests import tiny
 
@@ -73,16 +73,19 @@ def logged(trainer, key: str) -> list[float]:
 
 
 def main() -> None:
-    """Train on the ranks that the launcher started, evaluate, and save what rank 0 has."""
-    kind, lora, folder, settings = sys.argv[1], sys.argv[2] == "lora", Path(sys.argv[3]), json.loads(sys.argv[4])
-    set_seed(0)
-    trainer = make_trainer(kind, folder / "run", lora=lora, **settings)
-    trainer.train()
-    metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        torch.save(trained(trainer), folder / "weights.pt")
-        report = {"history": trainer.state.log_history, "eval": metrics, "world": trainer.accelerator.num_processes}
-        (folder / "report.json").write_text(json.dumps(report))
+    """Train and evaluate every kind on the ranks that the launcher started; rank 0 saves what came out."""
+    folder, settings, kinds = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    for name, (kind, lora) in kinds.items():
+        trainer = make_trainer(kind, folder / "run", lora=lora, **settings)
+        trainer.train()
+        metrics = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            report = {
+                "history": trainer.state.log_history,
+                "eval": metrics,
+                "world": trainer.accelerator.num_processes,
+            }
+            torch.save({"weights": trained(trainer), "report": report}, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,20 +86,22 @@ def test_the_base_as_teacher_is_the_student_without_its_adapter_and_no_second_co
 
 
 def test_the_base_as_teacher_needs_an_adapter(tmp_path):
+    student = tiny.model("llama")
     with pytest.raises(ValueError, match="peft_config"):
-        make = tiny.model("llama")
-        KDTrainer(make, "base", KDConfig(str(tmp_path), **COMMON))
+        KDTrainer(student, "base", KDConfig(str(tmp_path), **COMMON))
 
 
-class KillAtStep(TrainerCallback):
-    """Ends the process as a lost node would: no cleanup, no exception."""
+class EndAtStep(TrainerCallback):
+    """Stops a run, or kills its process as a lost node would: no cleanup, no exception."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, kill: bool = False) -> None:
         self.step = step
+        self.kill = kill
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
+        if state.global_step == self.step and self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
+        control.should_training_stop |= state.global_step == self.step
 
 
 def resumable(kind: str, folder: Path, lora: bool):
@@ -110,26 +113,35 @@ def resumable(kind: str, folder: Path, lora: bool):
     )  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "lora"), [("kd", False), ("sft", True)], ids=["KDTrainer", "KDSFTTrainer-LoRA"])
-def test_a_killed_run_resumes_as_if_nothing_had_happened(kind, lora, tmp_path):
-    whole = resumable(kind, tmp_path / "whole", lora)
+def assert_resumes_as_if_nothing_had_happened(kind: str, lora: bool, interrupted: Path, whole_folder: Path) -> None:
+    whole, resumed = resumable(kind, whole_folder, lora), resumable(kind, interrupted, lora)
     whole.train()
-
-    command = [sys.executable, "-m", "tests.training.test_checkpoints", kind, str(int(lora)), str(tmp_path / "killed")]
-    killed = subprocess.run(command, check=False, timeout=240)
-    assert killed.returncode == -signal.SIGKILL
-    resumed = resumable(kind, tmp_path / "killed", lora)
-    assert get_last_checkpoint(str(tmp_path / "killed")).endswith("checkpoint-4")
+    assert get_last_checkpoint(str(interrupted)).endswith("checkpoint-4")
     resumed.train(resume_from_checkpoint=True)
-
     for key in ("loss", "ce_loss", "forward_kl_loss", "kl"):
         assert logged(resumed, key) == pytest.approx(logged(whole, key), rel=1e-6), key
     for name, value in trained(whole).items():
         torch.testing.assert_close(trained(resumed)[name], value, rtol=1e-6, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize(("kind", "lora"), [("kd", False), ("sft", False)], ids=["KDTrainer", "KDSFTTrainer"])
+def test_a_stopped_run_resumes_as_if_nothing_had_happened(kind, lora, tmp_path):
+    stopped = resumable(kind, tmp_path / "stopped", lora)
+    stopped.add_callback(EndAtStep(5))
+    stopped.train()
+    shutil.rmtree(tmp_path / "stopped" / "checkpoint-5", ignore_errors=True)
+    assert_resumes_as_if_nothing_had_happened(kind, lora, tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path):
+    command = [sys.executable, "-m", "tests.training.test_checkpoints", str(tmp_path / "killed")]
+    killed = subprocess.run(command, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert_resumes_as_if_nothing_had_happened("sft", True, tmp_path / "killed", tmp_path / "whole")
+
+
 if __name__ == "__main__":
-    victim = resumable(sys.argv[1], Path(sys.argv[3]), bool(int(sys.argv[2])))
-    victim.add_callback(KillAtStep(5))
+    victim = resumable("sft", Path(sys.argv[1]), lora=True)
+    victim.add_callback(EndAtStep(5, kill=True))
     victim.train()

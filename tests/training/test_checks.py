@@ -61,14 +61,16 @@ def test_text_and_ids_may_stay_in_the_dataset(value):
     check_columns(rows, ["input_ids", "labels"], "training")
 
 
-@pytest.mark.parametrize("kind", ["kd", "sft"])
-def test_trainers_refuse_a_column_that_would_be_dropped(kind, tmp_path):
+def test_a_trainer_refuses_a_column_that_would_be_dropped(tmp_path):
+    trainer = make_trainer("kd", tmp_path, max_steps=1)
+    rows = trainer.train_dataset
+    trainer.train_dataset = rows.add_column("token_weights", [[1.0] * len(ids) for ids in rows["input_ids"]])
     with pytest.raises(ValueError, match="token_weights"):
-        trainer = make_trainer(kind, tmp_path, max_steps=1)
-        rows = trainer.train_dataset
-        trainer.train_dataset = rows.add_column("token_weights", [[1.0] * len(ids) for ids in rows["input_ids"]])
-        if kind == "sft":
-            trainer._prepare_dataset(
-                trainer.train_dataset, trainer.processing_class, trainer.args, False, None, "train"
-            )
         trainer.get_train_dataloader()
+
+
+def test_the_sft_trainer_refuses_a_column_that_preparation_would_drop(tmp_path):
+    trainer = make_trainer("sft", tmp_path, max_steps=1)
+    rows = tiny.prompt_completion_dataset(4).add_column("token_weights", [[1.0]] * 4)
+    with pytest.raises(ValueError, match="token_weights"):
+        trainer.evaluate(rows)

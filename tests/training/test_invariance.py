@@ -42,9 +42,10 @@ def test_the_cut_of_the_batch_changes_neither_losses_nor_student(kind, lora, tmp
         assert_same_weights(weights, runs[0][1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "lora"), KINDS, ids=KIND_IDS)
-def test_two_ranks_train_and_evaluate_as_one(kind, lora, tmp_path):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two gloo ranks, started once by `accelerate launch`, give for every kind."""
+    folder = tmp_path_factory.mktemp("two_ranks")
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
     launch = [
         sys.executable,
@@ -57,25 +58,25 @@ def test_two_ranks_train_and_evaluate_as_one(kind, lora, tmp_path):
         "1",
     ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [
-        *launch,
-        "-m",
-        "tests.training.runs",
-        kind,
-        "lora" if lora else "full",
-        str(tmp_path),
-        json.dumps(settings),
-    ]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["world"] == 2
+    kinds = dict(zip(KIND_IDS, KINDS, strict=True))
+    script = ["-m", "tests.training.runs", str(folder), json.dumps(settings), json.dumps(kinds)]
+    subprocess.run([*launch, *script], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return {name: torch.load(folder / f"{name}.pt") for name in KIND_IDS}
 
-    one = make_trainer(kind, tmp_path / "one", lora=lora, **(settings | {"per_device_train_batch_size": 4}))
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "lora", "name"), [(*k, name) for k, name in zip(KINDS, KIND_IDS, strict=True)])
+def test_two_ranks_train_and_evaluate_as_one(kind, lora, name, two_ranks, tmp_path):
+    report = two_ranks[name]["report"]
+    assert report["world"] == 2
+    one = make_trainer(
+        kind, tmp_path, lora=lora, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2
+    )
     one.train()
     for key in KEYS:
         values = [entry[key] for entry in report["history"] if key in entry]
         assert values == pytest.approx(logged(one, key), rel=1e-5, abs=1e-5), key
-    assert_same_weights(torch.load(tmp_path / "weights.pt"), trained(one))
+    assert_same_weights(two_ranks[name]["weights"], trained(one))
     # Five rows on two ranks: the sampler repeats some, and none may be counted twice.
     expected = one.evaluate()
     for key in KEYS:

@@ -41,7 +41,9 @@ def kd_trainer(tmp_path, task, family="llama", teacher_family=None, dataset=None
         "masked_lm": lambda: DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.4, seed=0),
         "sequence_classification": lambda: DataCollatorWithPadding(tokenizer),
     }
-    rows = dataset or (tiny.classification_dataset() if task == "sequence_classification" else tiny.tokenized_dataset())
+    rows = dataset or (
+        tiny.classification_dataset() if task == "sequence_classification" else tiny.tokenized_dataset()
+    )
     if task == "masked_lm":
         rows = rows.remove_columns(["labels"])
     return KDTrainer(
@@ -104,7 +106,11 @@ def test_a_student_equal_to_its_teacher_stays_where_it_is(divergence, tmp_path):
     twin = tiny.model("llama")
     args = KDConfig(str(tmp_path), ce_weight=0.0, divergence=divergence, max_steps=1, **COMMON)
     trainer = KDTrainer(
-        model, twin, args, train_dataset=tiny.tokenized_dataset(), data_collator=DataCollatorForSeq2Seq(tiny.tokenizer())
+        model,
+        twin,
+        args,
+        train_dataset=tiny.tokenized_dataset(),
+        data_collator=DataCollatorForSeq2Seq(tiny.tokenizer()),
     )
     before = trained(trainer)
     trainer.train()
@@ -124,9 +130,7 @@ def test_prompts_and_pads_change_nothing_for_the_teacher(tmp_path):
 
 
 def test_eval_loss_weighs_tokens_and_agrees_with_one_big_batch(tmp_path):
-    means = [
-        kd_trainer(tmp_path, "causal_lm", per_device_eval_batch_size=size).evaluate() for size in (1, 3, 8)
-    ]
+    means = [kd_trainer(tmp_path, "causal_lm", per_device_eval_batch_size=size).evaluate() for size in (1, 3, 8)]
     for metrics in means[1:]:
         for key in ("loss", "ce_loss", "forward_kl_loss", "student_nll", "teacher_nll", "top1_agreement", "kl"):
             assert metrics[f"eval_{key}"] == pytest.approx(means[0][f"eval_{key}"], rel=1e-5), key
@@ -167,7 +171,7 @@ def test_a_batch_without_labels_column_says_what_to_add(tmp_path):
 
 
 def test_teacher_and_student_of_different_tasks_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="masked_lm.*causal_lm|causal_lm.*masked_lm"):
+    with pytest.raises(ValueError, match=r"causal_lm.*masked_lm"):
         KDTrainer(tiny.model("llama"), tiny.model("bert"), KDConfig(str(tmp_path), **COMMON))
 
 
@@ -205,7 +209,9 @@ def test_packed_documents_are_as_separate_for_the_teacher_as_for_the_student(tmp
 @pytest.mark.parametrize("assistant_only", [False, True])
 def test_chats_train_on_all_tokens_or_on_the_assistant_alone(assistant_only, tmp_path):
     args = KDSFTConfig(
-        str(tmp_path), assistant_only_loss=assistant_only, **(COMMON | {"bf16": False, "gradient_checkpointing": False})
+        str(tmp_path),
+        assistant_only_loss=assistant_only,
+        **(COMMON | {"bf16": False, "gradient_checkpointing": False}),
     )
     student, teacher = tiny.model("llama", layers=1), tiny.model("llama", seed=1)
     trainer = KDSFTTrainer(
