@@ -16,7 +16,7 @@ _FORBIDDEN = {
     "an absolute path": _PATH,
     "a value that is not a number": re.compile(r"(?<![\w-])[+-]?\.?(?:nan|NaN|inf|Infinity)(?![\w-])"),
     # English may begin a sentence with it: "None of the rows ...".
-    "a missing value": re.compile(r"\bNone\b(?!\s+[a-z])|^\s*[\w-]+: null$", re.MULTILINE),
+    "a missing value": re.compile(r"\bNone\b(?![ \t]+[a-z])|^[ -]*[\w-]+: null$", re.MULTILINE),
     "an unfilled placeholder": re.compile(r"\{\{|\{%|\[More Information Needed\]|\[optional\]"),
 }
 

@@ -141,17 +141,21 @@ def _eval_results(data: DistillationCard) -> list[EvalResult]:
     """The student's value and its retention on every benchmark, for `model-index`."""
     results = []
     for row in data.report.rows if data.report else ():
-        name = row.benchmark if row.benchmark != row.metric else data.evaluation_data or "held-out data"
-        where = {
-            "task_type": PIPELINES[data.task],
-            "dataset_name": name,
-            "dataset_type": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
-        }
-        if row.student is not None:
-            results.append(EvalResult(metric_type=row.metric, metric_value=row.student, **where))
-        if row.retention is not None:
-            label = f"{row.metric}, kept of the teacher"
-            results.append(EvalResult(metric_type="retention", metric_name=label, metric_value=row.retention, **where))
+        dataset = row.benchmark if row.benchmark != row.metric else data.evaluation_data or "held-out data"
+        for metric, name, value in (
+            (row.metric, None, row.student),
+            ("retention", f"{row.metric}, kept of the teacher", row.retention),
+        ):
+            if value is not None:
+                result = EvalResult(
+                    task_type=PIPELINES[data.task],
+                    dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-"),
+                    dataset_name=dataset,
+                    metric_type=metric,
+                    metric_name=name,
+                    metric_value=value,
+                )
+                results.append(result)
     return results
 
 
@@ -181,7 +185,7 @@ def _losses(data: DistillationCard) -> str | None:
 
 
 def _run(data: DistillationCard) -> str | None:
-    facts = {
+    facts: dict[str, object] = {
         "teacher quantization": data.teacher_quantization,
         "training tokens" if data.task != "sequence_classification" else "training rows": data.tokens,
         "optimizer steps": data.steps,

@@ -51,9 +51,8 @@ def retention(
     """
     student, teacher = np.asarray(student, dtype=np.float64), np.asarray(teacher, dtype=np.float64)
     gained, available = (student - chance, teacher - chance) if higher_is_better else (teacher, student)
-    defined = np.isfinite(gained) & np.isfinite(available) & (available > 0)
-    if not higher_is_better:
-        defined &= gained > 0
+    above = (available > 0) & (teacher > (chance if higher_is_better else 0.0))
+    defined = above & np.isfinite(gained) & np.isfinite(available)
     return np.divide(gained, available, out=np.full(np.shape(gained), np.nan), where=defined)
 
 

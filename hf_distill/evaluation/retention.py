@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,28 +180,27 @@ def _measure(benchmark: Benchmark, lineup: Lineup) -> tuple[RetentionRow, np.nda
     """One row, and the bootstrap replicates of its retention."""
     scores = benchmark.score(lineup)
     values = {role: _finite(benchmark, role, benchmark.value(item.mean())) for role, item in scores.items()}
-    rule = {"higher_is_better": benchmark.higher_is_better, "chance": benchmark.chance(lineup)}
-    n = len(scores[TEACHER])
+    student, teacher, chance = values["student"], values[TEACHER], benchmark.chance(lineup)
+    keep = partial(retention, higher_is_better=benchmark.higher_is_better, chance=chance)
     means = resampled_means([scores["student"], scores[TEACHER]])
-    with np.errstate(invalid="ignore"):
-        replicates = retention(*(benchmark.value(mean) for mean in means), **rule)
-    kept = None
-    if values["student"] is not None and values[TEACHER] is not None:
-        share = float(retention(values["student"], values[TEACHER], **rule))
-        kept = share if math.isfinite(share) else None
+    replicates = keep(*(benchmark.value(mean) for mean in means))
+    kept = None if student is None or teacher is None else float(keep(student, teacher))
+    kept = kept if kept is not None and math.isfinite(kept) else None
+    n = len(scores[TEACHER])
     # One item has no spread to estimate.
     low, high = interval(replicates) if kept is not None and n > 1 else (None, None)
     row = RetentionRow(
         benchmark=benchmark.name,
         metric=benchmark.metric,
+        higher_is_better=benchmark.higher_is_better,
+        chance=chance,
         n=n,
-        teacher=values[TEACHER],
-        student=values["student"],
+        teacher=teacher,
+        student=student,
         baseline=values.get("baseline"),
         retention=kept,
         ci_low=low,
         ci_high=high,
-        **rule,
     )
     return row, replicates
 

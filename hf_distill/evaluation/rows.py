@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -132,19 +132,19 @@ def _class_row(raw: dict[str, Any], task: str, max_length: int | None) -> Row:
     row = _without_padding(raw, ("input_ids", "token_type_ids"), max_length)
     if not row["input_ids"]:
         raise ValueError("it has no token; drop empty rows first.")
-    return row | {"labels": int(raw[names[0]])}
+    row["labels"] = int(raw[names[0]])
+    return row
 
 
 def _without_padding(tokens: dict[str, Any], names: Sequence[str], max_length: int | None) -> Row:
     """Drop the positions that `attention_mask` marks as padding, and cut."""
     kept = tokens.get("attention_mask", [1] * len(tokens["input_ids"]))
-    return Row(
-        **{
-            name: [value for value, keep in zip(tokens[name], kept, strict=True) if keep][:max_length]
-            for name in names
-            if name in tokens
-        }
-    )
+    row = {
+        name: [value for value, keep in zip(tokens[name], kept, strict=True) if keep][:max_length]
+        for name in names
+        if name in tokens
+    }
+    return cast(Row, row)
 
 
 def count_targets(row: Row, task: str) -> int:

@@ -184,7 +184,7 @@ def _score(models: Mapping[str, Any], task: str, rows: list[Row], batch_size: in
 def project(model: Any, task: str, batch: Mapping[str, Tensor]) -> Projection:
     """Run a model on a batch of `collate` and give its logits before projection, `[B, S, H]` or `[B, C]`."""
     module = _module(model)
-    inputs = dict(batch) if module is None else _inputs_for(unwrap(module), batch)
+    inputs: dict[str, Any] = dict(batch) if module is None else _inputs_for(unwrap(module), batch)
     if not isinstance(model, nn.Module):
         return model.signals(inputs, frozenset({Signal.LOGITS})).logits
     del inputs["labels"]

@@ -104,19 +104,20 @@ def linear_distillation_loss(
     rows = chunk_rows(count, sum(widths) * student_hidden.element_size(), chunk_bytes)
     number = torch.tensor(count, device=labels.device)
     divisor = number if weights is None else weights.sum()
-    if isinstance(student_head, LMHead) and (teacher is None or isinstance(teacher[1], LMHead)):
+    plain_teacher = (teacher[0], teacher[1]) if teacher and isinstance(teacher[1], LMHead) else None
+    if isinstance(student_head, LMHead) and (teacher is None or plain_teacher is not None):
         factor = reciprocal(denominator, divisor)
-        job = LinearJob(recipe, labels, student_head, teacher, weights, rows, factor)
+        job = LinearJob(recipe, labels, student_head, plain_teacher, weights, rows, factor)
         loss, sums = linear_loss(job, student_hidden)
     else:
         total, sums = _checkpointed_sum(recipe, (student_hidden, student_head), teacher, labels, weights, rows)
         loss = reduce_sum(total, denominator, divisor)
-    terms = len(recipe.terms)
+    size = len(recipe.terms)
     return LinearLossOutput(
         loss=loss,
-        parts=dict(zip(recipe.names[:terms], sums[:terms], strict=True)),
+        parts=dict(zip(recipe.names[:size], sums[:size], strict=True)),
         count=number,
-        metrics=dict(zip(recipe.metrics, sums[terms:], strict=True)),
+        metrics=dict(zip(recipe.metrics, sums[size:], strict=True)),
     )
 
 

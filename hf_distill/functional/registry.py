@@ -69,7 +69,7 @@ class Divergence:
     @property
     def defaults(self) -> dict[str, float]:
         """Defaults of `parameters`; one without default (TAID's t) is missing and must be given."""
-        given: dict[str, float] = self.function.__kwdefaults__
+        given: dict[str, float] = self.function.__kwdefaults__ or {}
         return {name: given[name] for name in self.parameters if name in given}
 
 

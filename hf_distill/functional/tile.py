@@ -260,7 +260,7 @@ class TileLoss:
 
     def _tile(self, student: Tensor, teacher: Tensor, q: Tensor | None, p: Tensor | None, temperature: float) -> Tile:
         """Both distributions over the shared vocabulary at a temperature, reusing those at T = 1 where they fit."""
-        sides = []
+        sides: list[Tensor] = []
         for side, logits, probs in (("q", student, q), ("p", teacher, p)):
             shared = logits[:, : self.shared]
             if probs is None or temperature != 1.0 or probs.shape != shared.shape:
@@ -269,7 +269,8 @@ class TileLoss:
                 probs = self._buffer(side, *shared.shape)
                 normalise_(shared, probs)
             sides += [shared, probs]
-        return Tile(*sides, spare=partial(self._buffer, rows=student.shape[0], width=self.shared))
+        log_q, q, log_p, p = sides
+        return Tile(log_q, q, log_p, p, spare=partial(self._buffer, rows=student.shape[0], width=self.shared))
 
     def _start_pull(
         self, student: Tensor, q: Tensor | None, tile: Tile | None, labels: Tensor, wanted: bool

@@ -62,8 +62,8 @@ def prepare_quantized_student(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights that are trained through or saved.
 
     On CPUs with AVX512-BF16 the first forward pass of a `Linear4bit` in eval mode repacks its weight into a layout
-    that has no backward: after any evaluation the gradients of all layers below are exactly zero, without an error,
-    and what is saved differs from what was loaded. Call it before the first eval pass. Other models are left alone.
+    that has no backward: after any evaluation the layers below get no gradient, without an error, and what is saved
+    differs from what was loaded. Call it before the first eval pass. Other models are left alone.
 
     Args:
         model: The student, wrapped or not.

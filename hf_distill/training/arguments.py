@@ -48,8 +48,8 @@ class DistillationArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.divergence_kwargs, str):
-            self.divergence_kwargs = json.loads(self.divergence_kwargs)
+        kwargs = self.divergence_kwargs
+        self.divergence_kwargs = kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
         weights = check_weight("ce_weight", self.ce_weight), check_weight("kd_weight", self.kd_weight)
         if sum(weights) == 0:
             raise ValueError(
@@ -57,7 +57,7 @@ class DistillationArguments:
             )
         if not self.temperature > 0:
             raise ValueError(f"`temperature` is {self.temperature}; expected a number > 0, e.g. `temperature=1.0`.")
-        resolve_divergence(self.divergence, self.divergence_kwargs)
+        resolve_divergence(self.divergence, kwargs)
         self._check_trainer_fields()
         super().__post_init__()  # type: ignore[misc] # the other base is a TrainingArguments
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ from hf_distill.training.checks import check_columns, check_needs, check_teacher
 from hf_distill.training.metrics import MetricWindow
 
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Base
+else:
+    Base = object  # the trainer that a subclass names beside the mixin
+
 # Keys of a batch that are not inputs of the student.
 TARGET_KEYS = ("labels", "num_items_in_batch")
 
@@ -46,7 +51,7 @@ class Distilled:
     logits: Projection
 
 
-class DistillationMixin:
+class DistillationMixin(Base):
     """Adds a teacher to a `transformers.Trainer`.
 
     The wrapped student is called as usual, once, without its vocabulary projection; the loss projects the labelled
@@ -77,7 +82,7 @@ class DistillationMixin:
     ) -> None:
         teacher_source = check_teacher_argument(teacher_model, args)
         self.objectives = self._build_objectives(args, objectives)
-        super().__init__(model=self._prepare_student(model, args), args=args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(model=self._prepare_student(model, args), args=args, **kwargs)
         self._check_runtime()
         self.task = task_of(self.model)
         # Trainer guesses both from the model's class; here they are known.
@@ -135,7 +140,7 @@ class DistillationMixin:
             teacher = source
         check_not_student(self.model, teacher)
         check_same_task(self.model, teacher)
-        if self.task != "sequence_classification":
+        if self.task != "sequence_classification" and teacher.vocab_size is not None:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             check_vocabularies(tokenizer, teacher.tokenizer, describe(self.model).vocab_size, teacher.vocab_size)
         return teacher
@@ -279,7 +284,7 @@ class DistillationMixin:
         """Run the base loop and put token-weighted means, over all ranks, in place of its mean of batch means."""
         prefix = kwargs.get("metric_key_prefix", "eval")
         self._eval_window.reset()
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)  # type: ignore[misc]
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         means = self._eval_window.reduce(self.accelerator)
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
@@ -288,7 +293,7 @@ class DistillationMixin:
         """Add the means of the training window to the step logs."""
         if "loss" in logs:
             logs |= self._train_window.reduce(self.accelerator)
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def evaluate_retention(self, benchmarks: Sequence[Benchmark], baseline: Any = None) -> RetentionReport:
         """Measure how much of the teacher the student keeps; the report goes into the model card.
@@ -318,4 +323,4 @@ class DistillationMixin:
         if self.args.remove_unused_columns:
             self._set_signature_columns_if_needed()
             check_columns(dataset, self._signature_columns, description or "given")
-        return super()._remove_unused_columns(dataset, description)  # type: ignore[misc]
+        return super()._remove_unused_columns(dataset, description)

@@ -66,7 +66,8 @@ def test_an_unprepared_student_loses_the_gradients_of_its_lower_layers(folder):
     lowest = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.default.weight"
     assert gradients(student)[lowest].abs().max() > 0
     evaluate(student)
-    assert gradients(student)[lowest].abs().max() == 0  # when this fails, bitsandbytes has repaired it
+    after = gradients(student).get(lowest)
+    assert after is None or not after.any()  # when this fails, bitsandbytes has repaired it
     with pytest.raises(ValueError, match=r"ran in eval mode before.*Load it again"):
         prepare_quantized_student(student)
 
