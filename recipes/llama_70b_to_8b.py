@@ -12,6 +12,7 @@ Rehearsal: accelerate launch recipes/llama_70b_to_8b.py --rehearse     (also wit
 
 from dataclasses import dataclass, field
 
+import torch
 from accelerate import PartialState
 from datasets import load_dataset
 from peft import LoraConfig
@@ -71,4 +72,6 @@ def main(recipe: Recipe, args: KDSFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Recipe, KDSFTConfig)).parse_args_and_config())
+    parser = TrlParser((Recipe, KDSFTConfig))
+    parser.set_defaults(use_cpu=not torch.cuda.is_available())
+    main(*parser.parse_args_and_config())

@@ -8,6 +8,7 @@ Rehearsal: python recipes/lora_student.py --rehearse    (tiny models, CPU, under
 
 from dataclasses import dataclass, field
 
+import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from rehearsal import chat_dataset, rehearsal_config, tiny_llama
@@ -60,4 +61,6 @@ def main(recipe: Recipe, args: KDSFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Recipe, KDSFTConfig)).parse_args_and_config())
+    parser = TrlParser((Recipe, KDSFTConfig))
+    parser.set_defaults(use_cpu=not torch.cuda.is_available())
+    main(*parser.parse_args_and_config())

@@ -106,7 +106,7 @@ def linear_distillation_loss(
     divisor = number if weights is None else weights.sum()
     plain_teacher = (teacher[0], teacher[1]) if teacher and isinstance(teacher[1], LMHead) else None
     if isinstance(student_head, LMHead) and (teacher is None or plain_teacher is not None):
-        factor = reciprocal(denominator, divisor)
+        factor = reciprocal(denominator, divisor, statistics_dtype(student_head.weight.dtype))
         job = LinearJob(recipe, labels, student_head, plain_teacher, weights, rows, factor)
         loss, sums = linear_loss(job, student_hidden)
     else:

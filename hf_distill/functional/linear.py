@@ -23,7 +23,7 @@ class LinearJob:
         teacher: Hidden states `[N, H_t]` and head, or None.
         token_weights: `[N]` or None.
         rows: Rows per chunk.
-        factor: One over the denominator, 0-dim.
+        factor: One over the denominator, 0-dim, in the dtype of the statistics.
     """
 
     recipe: Recipe
@@ -133,7 +133,7 @@ class _Pass:
             if gradient is not None:
                 self._add_gradients(student, part, gradient)
         self.sums = tiles.sums()
-        self.loss = tiles.total(self.sums) * job.factor.to(self.sums.dtype)
+        self.loss = tiles.total(self.sums) * job.factor
 
     def _start_gradients(self, student: _Projector, needs: tuple[bool, bool, bool]) -> None:
         weight = student.head.weight

@@ -6,30 +6,27 @@ import torch
 from torch import Tensor
 
 
-def reciprocal(denominator: int | float | Tensor | None, count: Tensor) -> Tensor:
+def reciprocal(denominator: int | float | Tensor | None, count: Tensor, dtype: torch.dtype) -> Tensor:
     """One over the denominator of a loss, without reading anything back from the device.
 
     Args:
         denominator: Usually the trainer's `num_items_in_batch`, the labelled tokens of all micro-batches and ranks;
             None takes `count`. The mean of micro-batch means would be biased.
         count: Labelled tokens (or the sum of their weights) of this batch, 0-dim.
+        dtype: Of the result.
 
     Returns:
-        0-dim, fp32 or float64; 0 where the denominator is 0, so that a batch without labels gives a finite zero.
+        0-dim; 0 where the denominator is 0, so that a batch without labels gives a finite zero.
 
     Raises:
         ValueError: If `denominator` is a negative number, or a tensor with more than one element.
     """
-    value = count if denominator is None else denominator
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"`denominator` must be one number, got a tensor of shape {list(value.shape)}.")
-        value = value.detach().reshape(()).to(count.device)
-    elif value < 0:
-        raise ValueError(f"`denominator` must not be negative, got {value}. Pass the number of labelled tokens.")
-    else:
-        value = torch.tensor(value, device=count.device)
-    value = value if value.dtype == torch.float64 else value.float()
+    if isinstance(denominator, Tensor) and denominator.numel() != 1:
+        raise ValueError(f"`denominator` must be one number, got a tensor of shape {list(denominator.shape)}.")
+    if isinstance(denominator, int | float) and not denominator >= 0:
+        raise ValueError(f"`denominator` must not be negative, got {denominator}. Pass the number of labelled tokens.")
+    value = torch.as_tensor(count if denominator is None else denominator, dtype=dtype, device=count.device)
+    value = value.detach().reshape(())
     return torch.where(value > 0, 1 / value, 0.0)
 
 
@@ -44,4 +41,4 @@ def reduce_sum(total: Tensor, denominator: int | float | Tensor | None, count: T
     Returns:
         `total / denominator`; 0, with `total`'s gradient path, where the denominator is 0.
     """
-    return total * reciprocal(denominator, count).to(total.dtype)
+    return total * reciprocal(denominator, count, total.dtype)

@@ -19,6 +19,7 @@ from hf_distill.planning.memory import (
     activation_bytes,
     full_logits_bytes,
     gathered_bytes,
+    head_gradient_bytes,
     layer_activation_bytes,
     loss_bytes,
     training_bytes,
@@ -47,7 +48,7 @@ class Plan:
         layout: World size and sharding.
         flops: FLOPs per token by part.
         memory: Bytes per rank by part.
-        full_logits: Bytes that a loss on the logits of all positions would take instead of the part `loss`.
+        full_logits: Bytes that a loss on the logits of all positions would take instead of its chunks.
         notes: Advice, one sentence each.
     """
 
@@ -91,7 +92,7 @@ class Plan:
         rows = [f"{f'Memory per rank ({ranks})':<44}{'GiB':>12}"]
         for name, size in [*self.memory.items(), ("total", self.bytes_per_rank)]:
             rows.append(f"{name:<44}{size / GIB:>12.2f}")
-        return [*rows, f"{'(a loss on whole logits would take)':<44}{self.full_logits / GIB:>12.2f}"]
+        return [*rows, f"{'(whole logits instead of chunks)':<44}{self.full_logits / GIB:>12.2f}"]
 
     def _note_rows(self) -> list[str]:
         return [f"\nNote: {note}" for note in self.notes]
@@ -153,13 +154,11 @@ def plan(
         student.count, student.hidden_size, tokens, checkpointing=gradient_checkpointing
     )
     vocabularies = student.vocab_size, teacher.vocab_size
-    memory["loss"] = loss_bytes(
-        tokens,
-        vocabularies,
-        (student.hidden_size, teacher.hidden_size),
-        head=student.count.head if adapter is None else 0,
-        chunk_bytes=chunk_bytes,
+    memory["loss, chunks of logits"] = loss_bytes(
+        tokens, vocabularies, (student.hidden_size, teacher.hidden_size), chunk_bytes
     )
+    if adapter is None:
+        memory["loss, gradient of the head"] = head_gradient_bytes(student.count.head)
     return Plan(
         teacher=teacher.count,
         student=student.count,

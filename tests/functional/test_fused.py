@@ -543,7 +543,7 @@ def test_token_weights_carry_no_gradient_and_may_all_be_zero():
         ({"terms": {"ce": (1.0, {"beta": 1})}}, "takes no keyword arguments"),
         ({"terms": {"jsd": (1.0, {"beta": 2})}}, r"`beta` .* in \(0, 1\)"),
         ({"temperature": 0.0}, "`temperature` must be a positive"),
-        ({"metrics": ("kl", "top1")}, "Did you mean 'top1_agreement'"),
+        ({"metrics": ("kl", "top1_agrement")}, "Did you mean 'top1_agreement'"),
         ({"teacher_head": None}, "`teacher_head` is missing"),
         ({"teacher_hidden": None}, "`teacher_hidden` is missing"),
         ({"teacher_hidden": torch.zeros(3, 17)}, r"`teacher_hidden` must be \[151, H_t\], got \[3, 17\]"),

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_distill.planning import parameter_count
 from hf_distill.planning.flops import attention_flops, forward_flops, training_flops
 from tests import tiny
-from tests.planning.llama import llama_8b, llama_70b
+from tests.planning.llama import config_of, count_8b, count_70b, llama_8b, llama_70b, tiny_config
 
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 256}
@@ -37,8 +37,8 @@ def test_nominal_70b_to_8b_gives_the_published_numbers():
 
 
 def test_exact_llama_counts_leave_out_the_embedding_and_add_attention():
-    teacher = forward_flops(parameter_count(llama_70b()).multiplied, attention_flops(llama_70b(), 2048))
-    student = training_flops(parameter_count(llama_8b()).multiplied, attention_flops(llama_8b(), 2048))
+    teacher = forward_flops(count_70b().multiplied, attention_flops(llama_70b(), 2048))
+    student = training_flops(count_8b().multiplied, attention_flops(llama_8b(), 2048))
     assert teacher * 2048 / 1e12 == pytest.approx(290.2, abs=0.05)
     assert student * 2048 / 1e12 == pytest.approx(95.5, abs=0.05)
 
@@ -48,7 +48,7 @@ def test_forward_and_backward_are_what_pytorch_counts(family):
     model = tiny.model(family, **SHAPE)
     length = 64
     # The mask saves nothing in eager attention.
-    attention = attention_flops(model.config, length) * (1 if family == "bert" else 2)
+    attention = attention_flops(config_of(model), length) * (1 if family == "bert" else 2)
     parameters = parameter_count(model.config).multiplied
     assert counted(model, length, train=False) == pytest.approx(forward_flops(parameters, attention), rel=0.02)
     assert counted(model, length, train=True) == pytest.approx(training_flops(parameters, attention), rel=0.02)
@@ -66,5 +66,5 @@ def test_lora_student_needs_four_flops_per_frozen_parameter():
 
 
 def test_head_size_that_is_not_hidden_size_over_heads_is_respected():
-    config = tiny.model("qwen3", num_attention_heads=4, head_dim=16).config
+    config = tiny_config("qwen3", num_attention_heads=4, head_dim=16)
     assert attention_flops(config, 10) == 2 * 2 * 10 * 4 * 16

@@ -18,7 +18,7 @@ from hf_distill.planning.memory import (
     weight_bytes,
 )
 from tests import tiny
-from tests.planning.llama import llama_8b, llama_70b
+from tests.planning.llama import config_of, count_8b, count_70b
 
 
 LLAMA = 128256, 128256
@@ -43,7 +43,7 @@ def kept_bytes(model, tokens):
 
 def test_nf4_70b_has_36_gb_of_linear_weights():
     assert 70e9 * QUANTISED["nf4"] / 1e9 == pytest.approx(36.1, abs=0.05)
-    count = parameter_count(llama_70b())
+    count = count_70b()
     assert 2 * (count.embedding + count.head) / 1e9 == pytest.approx(4.2, abs=0.05)
     # Of the 70.55 B parameters, 68.45 B are in linear layers.
     assert weight_bytes(count, "nf4") / 1e9 == pytest.approx(35.31 + 4.20, abs=0.01)
@@ -69,18 +69,18 @@ def test_quantised_weights_are_not_sharded():
     assert Layout(8, "ddp").per_rank(800.0) == 800.0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox", "opt", "bert"])
-def test_activation_estimate_is_near_what_autograd_keeps(family):
-    shape = {"llama": {"hidden_size": 256, "intermediate_size": 1024}}
-    shape |= {"gpt2": {"n_embd": 256, "n_inner": 1024}, "opt": {"hidden_size": 256, "ffn_dim": 1024}}
-    model = tiny.model(family, **shape.get(family, shape["llama"])).to(torch.bfloat16).train()
-    count = parameter_count(model.config)
-    estimate = activation_bytes(count, 256, 128, checkpointing=False)
-    assert estimate == pytest.approx(kept_bytes(model, 128), rel=0.3)
+@pytest.mark.parametrize(
+    ("family", "low", "high"),
+    [("llama", 0.9, 1.1), ("qwen3", 0.9, 1.1), ("phi3", 0.75, 1.1), ("bert", 0.9, 1.6)],
+)
+def test_activation_estimate_is_near_what_autograd_keeps(family, low, high):
+    model = tiny.model(family, hidden_size=256, intermediate_size=1024).to(torch.bfloat16)
+    estimate = activation_bytes(parameter_count(config_of(model)), 256, 128, checkpointing=False)
+    assert low < estimate / kept_bytes(model, 128) < high
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_all():
-    count = parameter_count(llama_8b())
+    count = count_8b()
     full = activation_bytes(count, 4096, 2048, checkpointing=False)
     small = activation_bytes(count, 4096, 2048, checkpointing=True)
     assert full == 32 * layer_activation_bytes(count, 4096, 2048)
@@ -89,15 +89,13 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_all():
 
 def test_loss_takes_a_fraction_of_whole_logits_and_hardly_grows_with_the_batch():
     assert full_logits_bytes(4 * 2048, LLAMA) / 3e9 == pytest.approx(4.2, abs=0.01)
-    small, large = (
-        loss_bytes(tokens, LLAMA, (4096, 8192), head=0, chunk_bytes=None) for tokens in (4 * 2048, 16 * 2048)
-    )
+    small, large = (loss_bytes(tokens, LLAMA, (4096, 8192)) for tokens in (4 * 2048, 16 * 2048))
     assert small < full_logits_bytes(4 * 2048, LLAMA) / 10
     assert large - small == pytest.approx(2 * 12 * 2048 * (2 * 4096 + 8192), rel=0.1)  # hidden states
 
 
 def test_gathering_holds_the_layers_of_the_larger_model_and_both_heads():
-    counts = [parameter_count(llama_8b()), parameter_count(llama_70b())]
+    counts = [count_8b(), count_70b()]
     expected = 2 * (2 * counts[1].block + counts[1].embedding + counts[0].head + counts[1].head)
     assert gathered_bytes(counts) == expected
     assert gathered_bytes([]) == 0

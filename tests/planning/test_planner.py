@@ -7,35 +7,38 @@ from peft import LoraConfig
 
 from hf_distill.planning import plan
 from hf_distill.planning.memory import GIB
-from tests import tiny
-from tests.planning.llama import llama_8b, llama_70b
+from tests.planning.llama import llama_8b, llama_70b, tiny_config
 
 
 def tiny_plan(teacher_layers=4, **kwargs):
-    configs = tiny.model("llama", layers=teacher_layers).config, tiny.model("llama").config
+    configs = tiny_config(layers=teacher_layers), tiny_config()
     return plan(*configs, sequence_length=64, **kwargs)
 
 
-def test_sharded_70b_teacher_and_8b_student_fit_into_80_gb():
-    run = plan(llama_70b(), llama_8b(), world_size=8, sharding="fsdp2")
-    assert run.memory["teacher weights (bf16)"] / GIB == pytest.approx(70.55e9 * 2 / 8 / GIB, rel=0.001)
-    assert 40 < run.bytes_per_rank / GIB < 60
-    assert run.trained == run.student.total
-    assert run.flops["teacher forward"] * 2048 / 1e12 == pytest.approx(290.2, abs=0.05)
+@pytest.fixture(scope="module")
+def llama_run():
+    return plan(llama_70b(), llama_8b(), world_size=8, sharding="fsdp2")
 
 
-def test_nf4_teacher_is_whole_on_every_rank():
-    run = plan(llama_70b(), llama_8b(), world_size=8, sharding="fsdp2", teacher_quantization="nf4")
-    assert run.memory["teacher weights (nf4)"] / 1e9 == pytest.approx(39.5, abs=0.05)
+def test_sharded_70b_teacher_and_8b_student_fit_into_80_gb(llama_run):
+    assert llama_run.memory["teacher weights (bf16)"] / GIB == pytest.approx(70.55e9 * 2 / 8 / GIB, rel=0.001)
+    assert 40 < llama_run.bytes_per_rank / GIB < 60
+    assert llama_run.trained == llama_run.student.total
+    assert llama_run.flops["teacher forward"] * 2048 / 1e12 == pytest.approx(290.2, abs=0.05)
 
 
-def test_table_states_units_parts_and_totals():
-    run = plan(llama_70b(), llama_8b(), world_size=8, sharding="zero3")
-    text = str(run)
-    for expected in ("70.55 B", "8.03 B", "GFLOP/token", "TFLOP/seq", "8 ranks, zero3", "GiB", *run.memory):
+def test_quantised_teacher_is_whole_on_every_rank():
+    alone, eight = (tiny_plan(world_size=ranks, sharding="fsdp2", teacher_quantization="nf4") for ranks in (1, 8))
+    assert eight.memory["teacher weights (nf4)"] == alone.memory["teacher weights (nf4)"]
+    assert eight.memory["AdamW moments"] == alone.memory["AdamW moments"] / 8
+
+
+def test_table_states_units_parts_and_totals(llama_run):
+    text = str(llama_run)
+    for expected in ("70.55 B", "8.03 B", "GFLOP/token", "TFLOP/seq", "8 ranks, fsdp2", "GiB", *llama_run.memory):
         assert expected in text
-    assert f"{run.bytes_per_rank / GIB:.2f}" in text
-    assert max(map(len, text.split("\n\n")[0].splitlines())) < 90
+    assert f"{llama_run.bytes_per_rank / GIB:.2f}" in text
+    assert max(map(len, text.split("\n\nNote")[0].splitlines())) < 90
 
 
 def test_cached_teacher_costs_nothing():
@@ -51,7 +54,7 @@ def test_adapter_trains_little_and_freezes_the_rest():
     assert adapter.trained < full.trained
     assert adapter.memory["AdamW moments"] == 8 * adapter.trained
     assert adapter.memory["student weights (bf16, frozen)"] == 2 * full.student.total
-    assert adapter.memory["loss"] < full.memory["loss"]  # no gradient of the head
+    assert "loss, gradient of the head" in full.memory.keys() - adapter.memory.keys()
     four_bit = tiny_plan(peft_config=lora, student_quantization="nf4")
     assert four_bit.memory["student weights (nf4, frozen)"] < adapter.memory["student weights (bf16, frozen)"]
 

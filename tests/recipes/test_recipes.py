@@ -42,8 +42,8 @@ def small_assets(monkeypatch, tmp_path):
         model.save_pretrained(cache / name)
         tokenizer.save_pretrained(cache / name)
     (cache / "reviews").mkdir()
-    lines = [REVIEW.format(i, (-1) ** i * 2.0, f"{tiny.SENTENCES[i % 5]} {i}") for i in range(60)]
     for name in ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets"):
+        lines = [REVIEW.format(i, (-1) ** i * 2.0, f"{tiny.SENTENCES[i % 5]} {name} {i}") for i in range(60)]
         (cache / "reviews" / f"{name}_GroundTruth.txt").write_text("".join(lines))
     monkeypatch.setenv("HF_DISTILL_CACHE", str(cache))
 
@@ -67,7 +67,7 @@ def test_the_quickstart_ends_with_a_table_a_student_and_a_true_card(flags, run, 
 
 def test_the_classifier_recipe_reports_accuracy_of_both_students(run, small_assets, tmp_path, capsys):
     run("classify_reviews.py", "--steps", "2")
-    assert capsys.readouterr().out.count("accuracy 0.") + capsys.readouterr().out.count("accuracy 1.") >= 1
+    assert capsys.readouterr().out.count(": accuracy ") == 2
     card = ModelCard.load(tmp_path / "outputs" / "classify_reviews" / "README.md")
     assert card.data.pipeline_tag == "text-classification"
 
