@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint bench
+.PHONY: help quickstart test slow lint bench
 
 help: ## Say what each target does
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -21,8 +21,11 @@ quickstart: $(INSTALLED) ## Distil a real model and print how much of the teache
 	$(BIN)/python recipes/quickstart.py $(ARGS)
 	$(BIN)/python recipes/generate.py outputs/quickstart
 
-test: $(INSTALLED) ## Run every test that needs no GPU
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+test: $(INSTALLED) ## Run the tests that need neither a GPU nor a second process
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+slow: $(INSTALLED) ## Run the others: two ranks, kill and resume, real downloads
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 lint: $(INSTALLED) ## Style, types and import contracts
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ def train_student(folder: Path, ce_weight: float, kd_weight: float) -> KDTrainer
     args = KDConfig(
         str(folder), ce_weight=ce_weight, kd_weight=kd_weight, max_steps=flags.steps, per_device_train_batch_size=8,
         learning_rate=1e-3 if flags.lora else 3e-4, lr_scheduler_type="cosine", warmup_steps=min(5, flags.steps - 1),
-        bf16=True, use_cpu=not torch.cuda.is_available(), logging_steps=10, save_strategy="no", report_to="none", seed=0,
+        bf16=True, use_cpu=not torch.cuda.is_available(), logging_steps=10, save_strategy="no", report_to="none",
     )  # fmt: skip
     student, adapter = shrink(teacher.model, layers=layers, dtype=torch.float32), None
     if flags.lora:  # the adapter is saved alone, so the base that it belongs to gets a folder of its own
