@@ -50,8 +50,7 @@ def naive(hidden: Tensor, head: LMHead, labels: Tensor, teacher_hidden: Tensor, 
     student, teacher = head(hidden).float(), teacher_head(teacher_hidden).float()
     log_q, log_p = (F.log_softmax(z / TEMPERATURE, -1) for z in (student, teacher))
     kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    kept = labels != -100
-    return 0.5 * F.cross_entropy(student, labels) + 0.5 * TEMPERATURE**2 * (kl * kept).sum() / kept.sum()
+    return 0.5 * F.cross_entropy(student, labels) + 0.5 * TEMPERATURE**2 * kl[labels != -100].mean()
 
 
 def ours(student: Callable = lambda head: head, **arguments) -> Callable[..., Tensor]:
@@ -136,7 +135,6 @@ def main() -> None:
     for case in cases:
         command = [sys.executable, __file__, *sys.argv[1:], "--peak", case]
         peak[case] = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
     print(f"{'':38}{'s':>8}{'ratio':>8}{'floor':>8}{'peak MB':>9}{'ratio':>8}")
     for case in cases:
         now, top, time_ratio, peak_ratio = seconds[case], peak[case], *(d[case] / d[cases[0]] for d in (seconds, peak))

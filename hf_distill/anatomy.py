@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_distill.functional.head import LMHead
+from hf_distill.functional.head import LMHead, finish_logits
 
 
 @dataclass(frozen=True)
@@ -230,12 +229,6 @@ def resolve_head(model: nn.Module) -> LMHead | Callable[[Tensor], Tensor]:
         return ModuleHead(head, scale, softcap)
     bias = None if head.bias is None else _whole(head.bias)
     return LMHead(_whole(head.weight), bias, scale, softcap)
-
-
-def finish_logits(logits: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
-    """TEMPORARY until functional.head has it."""
-    logits = logits * scale
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_distill.anatomy import output_head, resolve_head
+from hf_distill.anatomy import describe, output_head, resolve_head
 from hf_distill.taps import tap_last_hidden
 from tests import tiny
 
@@ -32,10 +34,10 @@ def hooks(model: nn.Module) -> int:
     )
 
 
-def tapped_loss(model: nn.Module) -> torch.Tensor:
+def tapped_loss(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
     with tap_last_hidden(model) as tap:
-        model(input_ids=IDS)
-    return cross_entropy(resolve_head(model)(tap.hidden.flatten(0, 1)), IDS.flatten())
+        model(input_ids=ids)
+    return cross_entropy(resolve_head(model)(tap.hidden.flatten(0, 1)), ids.flatten())
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -161,6 +163,7 @@ def test_ddp_finds_every_parameter_of_the_tapped_model(find_unused_parameters, t
     assert_same_gradients(gradients(model), expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_can_be_tapped_again_and_again():
     model = tiny.model("llama")
     compiled = torch.compile(model, backend="eager")
@@ -173,3 +176,36 @@ def test_a_compiled_model_can_be_tapped_again_and_again():
             torch.testing.assert_close(resolve_head(compiled)(tap.hidden), expected, atol=1e-5, rtol=0)
     with torch.no_grad():
         assert compiled(input_ids=IDS).logits.shape == (2, 7, 320)
+
+
+def shard(model: nn.Module, how: str, tied: bool) -> None:
+    """Apply FSDP2 layer by layer; the rest in one group, or last norm and head on their own as accelerate does."""
+    parts = describe(model)
+    for layer in parts.layers:
+        fully_shard(layer)
+    if how == "accelerate":
+        embedding = [model.get_input_embeddings()] if tied else []
+        fully_shard([parts.final_norm, *embedding, parts.lm_head], reshard_after_forward=False)
+    fully_shard(model, reshard_after_forward=how == "resharded")
+
+
+def one_of_two_ranks(rank: int, group: str, how: str, tied: bool) -> None:
+    dist.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
+    model = tiny.model("llama", tie_word_embeddings=tied)
+    twin = copy.deepcopy(model)
+    (cross_entropy(twin(input_ids=IDS).logits.flatten(0, 1), IDS.flatten())).backward()
+    shard(model, how, tied)
+    for _ in range(2):
+        model.zero_grad()
+        tapped_loss(model, IDS[rank : rank + 1]).backward()  # as many labels on both ranks: the mean of the means
+    found = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    assert_same_gradients(found, gradients(twin))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("how", ["resharded", "kept", "accelerate"])
+def test_two_fsdp2_ranks_get_the_gradients_of_one_process(how, tied, tmp_path):
+    mp.start_processes(one_of_two_ranks, args=(f"file://{tmp_path}/group", how, tied), nprocs=2, start_method="spawn")

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def finish_logits(logits: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """Apply the scale and then the softcap, `softcap * tanh(logits / softcap)`, to projected `logits` `[n, V]`."""
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +48,7 @@ class LMHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Project `hidden` `[n, H]` to logits `[n, V]`."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        return finish_logits(F.linear(hidden, self.weight, self.bias), self.scale, self.softcap)
 
     def finish_(self, products: Tensor) -> None:
         """Turn `hidden @ weight.T + bias` `[n, V]` into logits in place, without autograd."""

@@ -6,6 +6,8 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -109,6 +111,8 @@ def _check_readable(teacher: nn.Module) -> None:
             '(`from_pretrained(name, dtype="bfloat16")`), call `shrink` on that model and train against the '
             "quantised teacher."
         )
+    if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in teacher.modules()):
+        raise ValueError("The teacher has adapters. Merge them first: `teacher = teacher.merge_and_unload()`.")
     for name, parameter in teacher.named_parameters():
         if parameter.is_meta or hasattr(parameter, "ds_id") or hasattr(parameter, "placements"):
             raise ValueError(
@@ -187,8 +191,7 @@ def _copy_weights(teacher: nn.Module, student: nn.Module, layers: str, kept: lis
         if origin not in state or state[origin].shape != tensor.shape:
             raise ValueError(
                 f"The teacher has no weight {origin!r} of shape {list(tensor.shape)}, which a "
-                f"{type(student).__name__} built from its config has. Merge adapters first "
-                "(`model = model.merge_and_unload()`), and load the teacher without quantisation."
+                f"{type(student).__name__} built from its config has: the model was changed after it was built."
             )
         tensor.copy_(state[origin])
         unused.discard(origin)
@@ -197,6 +200,6 @@ def _copy_weights(teacher: nn.Module, student: nn.Module, layers: str, kept: lis
     left = sorted(name for name in unused if not name.startswith(tuple(dropped)))
     if left:
         raise ValueError(
-            f"The teacher has weights with no place in a {type(student).__name__} built from its config: {left[:3]}. "
-            "Merge adapters first (`model = model.merge_and_unload()`)."
+            f"The teacher has weights with no place in a {type(student).__name__} built from its config: {left[:3]}; "
+            "the model was changed after it was built."
         )

@@ -43,6 +43,6 @@ def model_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, 
                 else ". Use a teacher that takes the same inputs."
             )
         )
-    if "use_cache" in parameters:
+    if "use_cache" in parameters:  # besides its memory: with a cache transformers does not look for packed documents
         inputs["use_cache"] = False
     return inputs

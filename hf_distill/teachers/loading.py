@@ -189,6 +189,8 @@ def _check_config(
     Raises:
         ValueError: There is no config, it is of another task, or the weights are quantised already.
     """
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        raise _not_found(source, "the folder has no config.json")
     try:
         config = AutoConfig.from_pretrained(source, **hub)
     except OSError as error:
@@ -208,10 +210,10 @@ def _check_config(
     return task
 
 
-def _not_found(source: str, error: OSError) -> ValueError:
+def _not_found(source: str, reason: OSError | str) -> ValueError:
     return ValueError(
         f"No model can be read from {source!r}; expected the name of a model on the Hub or a folder that "
-        f"`save_pretrained` wrote. ({error})"
+        f"`save_pretrained` wrote ({reason})."
     )
 
 

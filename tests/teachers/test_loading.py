@@ -59,9 +59,8 @@ def test_a_folder_without_tokenizer_gives_none(tmp_path):
 def test_a_broken_tokenizer_is_an_error_and_not_none(tmp_path):
     tiny.model().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(Exception, match=r".") as error:
+    with pytest.raises(KeyError, match="added_tokens"):
         load_teacher(tmp_path)
-    assert not isinstance(error.value, AssertionError)
 
 
 def test_the_dtype_is_the_one_that_was_saved_or_asked_for(folder, tmp_path):

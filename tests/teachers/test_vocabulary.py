@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 import warnings
 from types import SimpleNamespace
 
@@ -73,13 +72,3 @@ def test_without_a_tokenizer_only_different_sizes_give_a_warning(missing):
         check_vocabularies(pair["student"], pair["teacher"], 320, 320)
     with pytest.warns(UserWarning, match=f"{missing} has no tokenizer.*first 304"):
         check_vocabularies(pair["student"], pair["teacher"], 320, 304)
-
-
-def test_large_vocabularies_are_compared_without_a_loop_over_tokens():
-    start = time.process_time()
-    student = {f"token {i}": i for i in range(150_000)}
-    one_loop = time.process_time() - start
-    teacher = student | {"<extra>": 150_000}
-    start = time.process_time()
-    check_vocabularies(tokenizer_of(student), tokenizer_of(teacher), 150_016, 150_016)
-    assert time.process_time() - start < 4 * one_loop  # it copies both, and takes one set difference
