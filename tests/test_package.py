@@ -22,7 +22,6 @@ def test_every_public_name_can_be_imported():
         hf_distill.KDTrianer  # noqa: B018
 
 
-@pytest.mark.slow
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, hf_distill; print(sorted({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

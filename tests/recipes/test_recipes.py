@@ -48,7 +48,6 @@ def small_assets(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DISTILL_CACHE", str(cache))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--lora"]], ids=["full", "lora"])
 def test_the_quickstart_ends_with_a_table_a_student_and_a_true_card(flags, run, small_assets, tmp_path, capsys):
     run("quickstart.py", "--steps", "2", *flags)
@@ -66,7 +65,6 @@ def test_the_quickstart_ends_with_a_table_a_student_and_a_true_card(flags, run, 
     assert "The film was" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_classifier_recipe_reports_accuracy_of_both_students(run, small_assets, tmp_path, capsys):
     run("classify_reviews.py", "--steps", "2")
     assert capsys.readouterr().out.count(": accuracy ") == 2
