@@ -3,8 +3,7 @@
 Command:   make quickstart              (make quickstart ARGS=--lora trains an adapter of the student instead)
 Hardware:  2 CPU cores, 8 GB. Minutes: made for 10.
 Result:    outputs/quickstart holds the student, its tokenizer and its card. A table compares it with the same student
-           trained on the same tokens by cross-entropy alone: perplexity on held-out reviews, whose style the teacher
-           never saw, and KL and top-1 agreement, which say how much of the teacher is kept.
+           trained on the same tokens by cross-entropy alone: perplexity, KL and agreement on held-out reviews.
 """
 
 import argparse

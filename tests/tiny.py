@@ -58,6 +58,8 @@ FAMILIES = {
     "distilbert": ("DistilBertConfig", DISTILBERT, "n_layers"),
     "roberta": ("RobertaConfig", DECODER, "num_hidden_layers"),
 }
+# Families of single tests: they have no place in the loops over all families.
+OTHERS = {"mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4}, "num_hidden_layers")}
 DECODERS = [name for name in FAMILIES if name not in {"bert", "distilbert", "roberta"}]
 ENCODERS = ["bert", "distilbert", "roberta"]
 TASKS = {
@@ -73,14 +75,14 @@ def model(
     """Build a random fp32 model of a family on the CPU, in eval mode.
 
     Args:
-        family: A key of `FAMILIES`.
+        family: A key of `FAMILIES` or `OTHERS`.
         layers: Depth.
         task: A key of `TASKS`; causal LM for decoders and masked LM for encoders when not given.
         seed: Seed of the initialisation; the global random state is left as it was.
         **config: Overrides of the config.
     """
-    task = task or ("causal_lm" if family in DECODERS else "masked_lm")
-    class_name, arguments, depth = FAMILIES[family]
+    task = task or ("masked_lm" if family in ENCODERS else "causal_lm")
+    class_name, arguments, depth = (FAMILIES | OTHERS)[family]
     settings = getattr(transformers, class_name)(**(arguments | {depth: layers} | config))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -39,7 +39,7 @@ def trainer_card(
         "teacher": teacher.get("name") or f"a {teacher['architecture']}",
         "teacher_quantization": quantization,
         "task": trainer.task,
-        "repo_id": trainer.hub_model_id if args.push_to_hub else None,
+        "repo_id": trainer.hub_model_id,
         "base_model": finetuned_from or base.config.name_or_path or None,
         "student": _kept_layers(base.config),
         "adapter": hasattr(trainer.model, "peft_config"),

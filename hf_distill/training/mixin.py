@@ -44,8 +44,9 @@ TARGET_KEYS = ("labels", "num_items_in_batch")
 
 @dataclass(frozen=True)
 class Distilled:
-    """What one batch gave: the loss with its parts, the student's outputs, and its logits before projection."""
+    """What one batch gave: the loss, its parts, the student's outputs, and its logits before projection."""
 
+    loss: Tensor
     result: LinearLossOutput
     outputs: Any
     logits: Projection
@@ -184,7 +185,18 @@ class DistillationMixin(Base):
         student = StudentSignals(logits.at(targets.index), targets.labels)
         with self.accelerator.autocast():
             result = logit_loss(self.objectives, self.args.ce_weight, student, teacher, denominator=num_items)
-        return Distilled(result, outputs, logits)
+        return Distilled(result.loss + self._router_loss(outputs, result.count, num_items), result, outputs, logits)
+
+    def _router_loss(self, outputs: Any, count: Tensor, num_items: Tensor | int | None) -> Tensor | float:
+        """The load-balancing loss of a mixture of experts whose config sets `output_router_logits`.
+
+        The model adds it only to a loss that it computes itself. Micro-batches count by their labelled tokens.
+        """
+        value = getattr(outputs, "aux_loss", None)
+        if value is None:
+            return 0.0
+        share = 1.0 if num_items is None else count / num_items
+        return unwrap(self.model).config.get_text_config().router_aux_loss_coef * value * share
 
     def _warn_if_unlabelled(self, targets: Targets) -> None:
         if len(targets) == 0 and not self._warned_unlabelled:
@@ -230,7 +242,7 @@ class DistillationMixin(Base):
         Language models return logits with no position in them; `evaluate` builds them where `compute_metrics` asks.
         """
         distilled = self._distill(model, inputs, num_items_in_batch)
-        loss = distilled.result.loss
+        loss = distilled.loss
         if model.training:
             self._train_window.add(self._sums(distilled.result), distilled.result.count)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -256,10 +268,10 @@ class DistillationMixin(Base):
             total = sum(weights[name] * value for name, value in result.parts.items())
             self._eval_window.add(self._sums(result) | {"loss": total}, result.count)
             if prediction_loss_only:
-                return result.loss, None, None
+                return distilled.loss, None, None
             with self.accelerator.autocast():
                 logits = distilled.logits.head(distilled.logits.hidden)
-        return result.loss, logits.detach(), inputs["labels"]
+        return distilled.loss, logits.detach(), inputs["labels"]
 
     def _mask_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Ignore the rows that Accelerate repeats to fill the last batch of every rank.

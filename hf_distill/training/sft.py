@@ -81,6 +81,18 @@ class KDSFTTrainer(DistillationMixin, SFTTrainer):
         with _lm_head_adapters_allowed():
             super().__init__(model, args, teacher_model=teacher_model, objectives=objectives, **kwargs)
 
+    def _check_runtime(self) -> None:
+        super()._check_runtime()
+        args = self.args
+        packed = args.packing if args.eval_packing is None else args.eval_packing
+        several = self.accelerator.num_processes > 1
+        if packed and args.packing_strategy != "wrapped" and several and self.eval_dataset is not None:
+            raise ValueError(
+                "`eval_packing` is on and the evaluation runs on several ranks, which repeat rows to fill the last "
+                "batch; in a packed batch nothing tells where a row ends, so they would count twice. Set "
+                "`eval_packing=False`."
+            )
+
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
         columns = (*SFT_COLUMNS, args.dataset_text_field)
         check_columns(dataset, columns, "given")

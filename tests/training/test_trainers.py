@@ -32,8 +32,8 @@ def naive_loss(student, teacher, batch, *, shift, ce=0.5, kd=0.5):
     return ce * F.cross_entropy(s, labels) + kd * kl.mean()
 
 
-def kd_trainer(tmp_path, task, family="llama", teacher_family=None, dataset=None, **config):
-    student = tiny.model(family, layers=1, task=task, num_labels=3)
+def kd_trainer(tmp_path, task, family="llama", teacher_family=None, dataset=None, student=None, **config):
+    student = student or tiny.model(family, layers=1, task=task, num_labels=3)
     teacher = tiny.model(teacher_family or family, layers=2, task=task, seed=1, num_labels=3)
     tokenizer = tiny.tokenizer()
     collators = {
@@ -245,3 +245,30 @@ def test_an_adapted_head_is_used_and_trained(kind, extra, tmp_path):
     loss = trainer.compute_loss(trainer.model.eval(), batch)
     expected = naive_loss(trainer.model, teacher, batch, shift=True)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mixture_of_experts_keeps_its_load_balancing_loss(tmp_path):
+    student = tiny.model("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    trainer = kd_trainer(tmp_path, "causal_lm", student=student)
+    batch = next(iter(trainer.get_train_dataloader()))
+    features = {key: value for key, value in batch.items() if key != "labels"}
+    expected = naive_loss(student, trainer.teacher.model, batch, shift=True) + 0.5 * student(**features).aux_loss
+    items = 4 * (batch["labels"][:, 1:] != -100).sum()  # of which this micro-batch has a quarter
+    loss = trainer.compute_loss(student, batch, num_items_in_batch=items)
+    torch.testing.assert_close(loss, expected / 4, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    found = student.model.layers[0].mlp.gate.weight.grad.clone()
+    student.zero_grad()
+    (expected / 4).backward()
+    torch.testing.assert_close(found, student.model.layers[0].mlp.gate.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("fields", "refused"), [({}, True), ({"eval_packing": False}, False)])
+def test_packed_evaluation_on_several_ranks_is_refused(fields, refused, tmp_path, monkeypatch):
+    trainer = make_trainer("sft", tmp_path, packing=True, max_length=64, **fields)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    if refused:
+        with pytest.raises(ValueError, match="eval_packing=False"):
+            trainer._check_runtime()
+    else:
+        trainer._check_runtime()
