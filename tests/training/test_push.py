@@ -31,7 +31,7 @@ def test_a_push_uploads_the_student_its_tokenizer_and_our_card(tmp_path):
     assert {"distillation", "mine"} <= set(card.data.tags)
     assert "user/student" in text
     assert "forward_kl" in text
-    assert "KL" in text
+    assert "| kl | kl (lower is better) |" in text
     assert str(tmp_path) not in text
 
 
