@@ -22,7 +22,7 @@ $(INSTALLED): requirements.lock pyproject.toml setup.cfg
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
-quickstart: $(INSTALLED) ## Distil a real model and print how much of the teacher it kept (10 minutes on 2 cores)
+quickstart: $(INSTALLED) ## Distil a real model and print how much of the teacher it kept
 	$(BIN)/python recipes/quickstart.py $(ARGS)
 	$(BIN)/python recipes/generate.py outputs/quickstart
 

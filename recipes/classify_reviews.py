@@ -1,7 +1,7 @@
 """Distil a sentiment classifier: MiniLM, fine-tuned on movie snippets, into its own first and last layer.
 
 Command:   .venv/bin/python recipes/classify_reviews.py
-Hardware:  2 CPU cores, 4 GB. Minutes: made for 5.
+Hardware:  2 CPU cores, 4 GB. Minutes: planned for 5, not measured yet.
 Result:    outputs/classify_reviews holds the 2-layer student and its card; the table gives accuracy of the 6-layer
            teacher, of the student trained on the labels alone (baseline), and of the distilled one.
 """

@@ -1,7 +1,7 @@
 """Distil SmolLM2-135M-Instruct into a student cut from its own layers, and see what distillation adds.
 
 Command:   make quickstart              (make quickstart ARGS=--lora trains an adapter of the student instead)
-Hardware:  2 CPU cores, 8 GB. Minutes: made for 10.
+Hardware:  2 CPU cores, 8 GB. Minutes: planned for 10, not measured yet.
 Result:    outputs/quickstart holds the student, its tokenizer and its card. A table compares it with the same student
            trained on the same tokens by cross-entropy alone: perplexity, KL and agreement on held-out reviews.
 """
