@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DistributedType, dispatch_model
+from accelerate import Accelerator, DistributedType, dispatch_model
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from hf_distill.functional import LMHead
@@ -46,10 +47,16 @@ def test_a_plain_teacher_is_moved_to_the_device_of_the_process(kind):
     assert {parameter.device.type for parameter in teacher.model.parameters()} == {"meta"}
 
 
-def test_the_accelerator_does_not_learn_of_the_teacher():
-    from accelerate import Accelerator
+@pytest.fixture
+def bf16_accelerator():
+    """An accelerator of its own: all of a process share one state, which earlier runs have set to their precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
 
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+
+def test_the_accelerator_does_not_learn_of_the_teacher(bf16_accelerator):
+    accelerator = bf16_accelerator
     model = tiny.model()
     teacher = ModelTeacher(model)
     forward = model.forward
