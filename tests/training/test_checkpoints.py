@@ -133,6 +133,7 @@ def test_a_stopped_run_resumes_as_if_nothing_had_happened(kind, lora, tmp_path):
     assert_resumes_as_if_nothing_had_happened(kind, lora, tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path):
     command = [sys.executable, "-m", "tests.training.test_checkpoints", str(tmp_path / "killed")]
     killed = subprocess.run(command, check=False)
