@@ -209,6 +209,5 @@ def compare_to_one_process(rank: int, how: str, tied: bool) -> None:
     assert_same_gradients(found, gradients(twin))
 
 
-@pytest.mark.slow
 def test_two_fsdp2_ranks_get_the_gradients_of_one_process(tmp_path):
     mp.start_processes(one_of_two_ranks, args=(f"file://{tmp_path}/group",), nprocs=2, start_method="spawn")

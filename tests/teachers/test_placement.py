@@ -180,6 +180,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_an_fsdp2_teacher_is_sharded_and_gives_the_logits_of_the_whole_model(tmp_path):
     (tmp_path / "fsdp2.py").write_text(FSDP2)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
