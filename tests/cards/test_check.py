@@ -8,7 +8,7 @@ from hf_distill.cards.check import check_card, without_paths
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("teacher: /home/user/models/teacher", "absolute path"),
+        ("teacher: /opt/models/teacher", "absolute path"),
         ("Trained on `/data/reviews`.", "absolute path"),
         ("python train.py --out=/mnt/x", "absolute path"),
         ("path:/var/tmp/x", "absolute path"),
@@ -54,7 +54,7 @@ def test_plain_text_is_left_alone(line):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("python /work/repo/recipes/quickstart.py --lora", "python quickstart.py --lora"),
+        ("python /srv/repo/recipes/quickstart.py --lora", "python quickstart.py --lora"),
         ("--out=/mnt/x/ --seed 1", "--out=x --seed 1"),
         ("teacher `/models/big one`", "teacher `big one`"),
         (r"C:\Users\me\teacher", "teacher"),
