@@ -26,7 +26,9 @@ parser.add_argument("--lora", action="store_true", help="train an adapter of the
 parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each run, 8 rows of 128 tokens each")
 parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
 flags = parser.parse_args()
-teacher = load_teacher(str(smollm2()), dtype="bfloat16")
+# On the CPU the backward of PyTorch's bf16 flash attention takes more time than all the rest of a step.
+attention = "sdpa" if torch.cuda.is_available() else "eager"
+teacher = load_teacher(str(smollm2()), dtype="bfloat16", attn_implementation=attention)
 tokenizer = teacher.tokenizer
 texts = {split: [row.text for row in rows] for split, rows in review_texts().items()}
 train = pack(texts["train"], tokenizer, 128).select(range(flags.steps * 8))
@@ -47,7 +49,7 @@ def train_student(folder: Path, ce_weight: float, kd_weight: float) -> KDTrainer
     student, adapter = shrink(teacher.model, layers=layers, dtype=torch.float32), None
     if flags.lora:  # the adapter is saved alone, so the base that it belongs to gets a folder of its own
         student.save_pretrained(folder / "base")
-        student = AutoModelForCausalLM.from_pretrained(folder / "base")
+        student = AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation=attention)
         adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     data = {"train_dataset": train, "data_collator": default_data_collator, "processing_class": tokenizer}
     trainer = KDTrainer(student, teacher, args, peft_config=adapter, **data)
@@ -58,15 +60,20 @@ def train_student(folder: Path, ce_weight: float, kd_weight: float) -> KDTrainer
 
 alone = train_student(flags.output_dir / "cross-entropy", 1.0, 0.0).model
 distilled = train_student(flags.output_dir, 0.5, 0.5)
-models = {"teacher": teacher.model, "student before": shrink(teacher.model, layers=layers)}
-models |= {"cross-entropy only": alone, "distilled": distilled.model}
+before = shrink(teacher.model, layers=layers)
+start = evaluate_retention(before, teacher, benchmarks, tokenizer)
+report = distilled.evaluate_retention(benchmarks, baseline=alone)
+measured = {
+    "teacher": (teacher.model, [row.teacher for row in report.rows]),
+    "student before": (before, [row.student for row in start.rows]),
+    "cross-entropy only": (alone, [row.baseline for row in report.rows]),
+    "distilled": (distilled.model, [row.student for row in report.rows]),
+}
 sample, table = torch.tensor(train[:8]["input_ids"]), []
-for name, model in models.items():
-    values = [row.student for row in evaluate_retention(model, teacher, benchmarks, tokenizer).rows]
+for name, (model, values) in measured.items():
     table.append([name, *values, model.num_parameters() / 1e6, round(tokens_per_second(model, sample))])
 columns = ["model", "perplexity", "KL to the teacher", "top-1 agreement", "parameters (M)", "tokens/s"]
 print(markdown_table(columns, table))
-distilled.evaluate_retention(benchmarks, baseline=alone)
 distilled.save_model()
 distilled.create_model_card(
     model_name="SmolLM2-135M-Instruct, distilled", base_model="HuggingFaceTB/SmolLM2-135M-Instruct", language="en",
