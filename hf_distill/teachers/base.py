@@ -25,6 +25,8 @@ class Teacher(ABC):
         vocab_size: Columns of its logits, or rows of its embedding for a classifier; None when it is not known.
         task: "causal_lm", "masked_lm" or "sequence_classification".
         labels: Names of a classifier's classes, in order; None for language models.
+        reads_token_types: Whether it tells the sentences of a pair apart by `token_type_ids`; the trainer then keeps
+            that column for it, also where the student does not take it.
     """
 
     provides: ClassVar[frozenset[Signal]]
@@ -33,6 +35,7 @@ class Teacher(ABC):
     vocab_size: int | None = None
     task: str
     labels: tuple[str, ...] | None = None
+    reads_token_types: bool = False
 
     def signals(self, batch: Mapping[str, Any], needs: Collection[Signal]) -> TeacherSignals:
         """Compute the signals that are needed for one batch, without gradient.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -56,6 +57,7 @@ class ModelTeacher(Teacher):
         self.name = name or self._base.config.name_or_path or None
         self.vocab_size = self._base.config.get_text_config().vocab_size
         self.labels = class_names(self._base) if self.task == "sequence_classification" else None
+        self.reads_token_types = "token_type_ids" in inspect.signature(self._base.forward).parameters
         self._num_parameters = _count_parameters(self._base)
         self._known_ids = min(self.vocab_size, vocabulary_size(tokenizer)) if tokenizer else self.vocab_size
         self._device: torch.device | None = None

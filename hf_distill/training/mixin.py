@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ else:
 
 # Keys of a batch that are not inputs of the student.
 TARGET_KEYS = ("labels", "num_items_in_batch")
+TOKEN_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class DistillationMixin(Base):
         self.teacher = self._build_teacher(teacher_source)
         check_needs(self.objectives, self.teacher)
         self.teacher.prepare(self.accelerator)
+        takes_token_types = TOKEN_TYPES in inspect.signature(unwrap(self.model).forward).parameters
+        self._not_for_student = TARGET_KEYS if takes_token_types else (*TARGET_KEYS, TOKEN_TYPES)
         terms = [f"{name}_loss" for name in self._term_weights()]
         monitors = [*STUDENT_MONITORS, *TEACHER_MONITORS]
         self._train_window = MetricWindow([*terms, *monitors])
@@ -209,7 +213,7 @@ class DistillationMixin(Base):
 
     def _student_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Projection]:
         """Call the (wrapped) student and return its outputs and its logits before projection."""
-        features = {key: value for key, value in inputs.items() if key not in TARGET_KEYS}
+        features = {key: value for key, value in inputs.items() if key not in self._not_for_student}
         if self.task == "sequence_classification":
             outputs = model(**features)
             return outputs, Projection(outputs.logits, identity)
@@ -330,6 +334,11 @@ class DistillationMixin(Base):
         """
         if self.is_world_process_zero():
             write_card(trainer_card(self, **facts), self.args.output_dir)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.teacher.reads_token_types and TOKEN_TYPES not in self._signature_columns:
+            self._signature_columns.append(TOKEN_TYPES)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         if self.args.remove_unused_columns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,13 +30,16 @@ def naive_loss(student, teacher, batch, *, shift, ce=0.5, kd=0.5):
         s, t, labels = s[:, :-1], t[:, :-1], labels[:, 1:]
     kept = labels != -100
     s, t, labels = s[kept], t[kept], labels[kept]
-    kl = F.kl_div(s.log_softmax(-1), t.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    return ce * F.cross_entropy(s, labels) + kd * kl.mean()
+    shared = min(s.shape[-1], t.shape[-1])
+    p, q = t[:, :shared].log_softmax(-1), s[:, :shared].log_softmax(-1)
+    return ce * F.cross_entropy(s, labels) + kd * F.kl_div(q, p, log_target=True, reduction="batchmean")
 
 
-def kd_trainer(tmp_path, task, family="llama", teacher_family=None, dataset=None, student=None, **config):
+def kd_trainer(
+    tmp_path, task, family="llama", teacher_family=None, *, dataset=None, student=None, teacher=None, **config
+):
     student = student or tiny.model(family, layers=1, task=task, num_labels=3)
-    teacher = tiny.model(teacher_family or family, layers=2, task=task, seed=1, num_labels=3)
+    teacher = teacher or tiny.model(teacher_family or family, layers=2, task=task, seed=1, num_labels=3)
     tokenizer = tiny.tokenizer()
     collators = {
         "causal_lm": lambda: DataCollatorForSeq2Seq(tokenizer),
@@ -83,6 +88,31 @@ def test_loss_and_gradients_are_those_of_the_full_logits(task, family, teacher_f
     for name, parameter in student.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_teacher_reads_the_token_types_of_pairs_that_the_student_does_not_take(tmp_path):
+    rows = tiny.classification_dataset()
+    pairs = rows.map(lambda row: {"token_type_ids": [int(i > 3) for i in range(len(row["input_ids"]))]})
+    task = "sequence_classification"
+    bert = tiny.model("bert", task=task, seed=1, num_labels=3, initializer_range=0.5)
+    trainer = kd_trainer(tmp_path, task, "distilbert", teacher=bert, dataset=pairs)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model.eval(), batch)
+    types = batch.pop("token_type_ids")
+    without = naive_loss(trainer.model, bert, batch, shift=False)
+    expected = naive_loss(trainer.model, partial(bert, token_type_ids=types), batch, shift=False)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert abs(expected - without) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [(320, 352), (352, 320)])
+def test_vocabularies_padded_to_different_sizes_are_compared_on_their_shared_part(sizes, tmp_path):
+    student, teacher = (tiny.model("qwen2", seed=seed, vocab_size=size) for seed, size in enumerate(sizes))
+    with pytest.warns(UserWarning, match="320"):
+        trainer = kd_trainer(tmp_path, "causal_lm", student=student, teacher=teacher)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model.eval(), batch)
+    torch.testing.assert_close(loss, naive_loss(student, teacher, batch, shift=True), rtol=1e-5, atol=1e-6)
 
 
 def test_without_distillation_it_is_the_plain_trainer(tmp_path):
