@@ -29,7 +29,7 @@ quickstart: $(INSTALLED) ## Distil a real model and print how much of the teache
 test: $(INSTALLED) ## Run the tests, offline and on the CPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
 
-slow: $(INSTALLED) ## Run the others: real models, two ranks, kill and resume
+slow: $(INSTALLED) ## Run the others: real downloads
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED) ## Style, types and import contracts

@@ -6,7 +6,6 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_distill.anatomy import describe, output_head, resolve_head
 from hf_distill.taps import tap_last_hidden
 from tests import tiny
+from tests.processes import run_on_two_ranks
 
 
 IDS = torch.randint(5, 300, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -189,12 +189,9 @@ def shard(model: nn.Module, how: str, tied: bool) -> None:
     fully_shard(model, reshard_after_forward=how == "resharded")
 
 
-def one_of_two_ranks(rank: int, group: str) -> None:
-    dist.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
+def every_layout(rank: int) -> None:
     for how, tied in product(["resharded", "kept", "accelerate"], [False, True]):
         compare_to_one_process(rank, how, tied)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def compare_to_one_process(rank: int, how: str, tied: bool) -> None:
@@ -210,4 +207,4 @@ def compare_to_one_process(rank: int, how: str, tied: bool) -> None:
 
 
 def test_two_fsdp2_ranks_get_the_gradients_of_one_process(tmp_path):
-    mp.start_processes(one_of_two_ranks, args=(f"file://{tmp_path}/group",), nprocs=2, start_method="spawn")
+    run_on_two_ranks(every_layout, tmp_path)

@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, dispatch_model
 from accelerate.state import AcceleratorState
 from torch import nn
@@ -17,6 +15,7 @@ from hf_distill.signals import Signal
 from hf_distill.teachers import ModelTeacher
 from hf_distill.teachers.placement import RemoteHead
 from tests import tiny
+from tests.processes import run_on_two_ranks
 
 
 LOGITS = frozenset({Signal.LOGITS})
@@ -154,8 +153,7 @@ def test_other_zero_stages_keep_a_replica():
     assert teacher.model is model
 
 
-def one_of_two_ranks(rank: int, group: str) -> None:
-    dist.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
+def compare_sharded_teachers(rank: int) -> None:
     # Accelerate makes no FSDP run of CPU processes, so the teacher is told of one.
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
     run = run_of(DistributedType.FSDP, is_fsdp2=True, fsdp_plugin=plugin)
@@ -171,9 +169,7 @@ def one_of_two_ranks(rank: int, group: str) -> None:
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
             torch.testing.assert_close(projection.head(projection.hidden), expected, atol=1e-6, rtol=1e-5)
         assert sum(parameter.to_local().numel() for parameter in model.parameters()) < model.num_parameters()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_an_fsdp2_teacher_is_sharded_and_gives_the_logits_of_the_whole_model(tmp_path):
-    mp.start_processes(one_of_two_ranks, args=(f"file://{tmp_path}/group",), nprocs=2, start_method="spawn")
+    run_on_two_ranks(compare_sharded_teachers, tmp_path)

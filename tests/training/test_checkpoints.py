@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_distill import KDConfig, KDTrainer
 from tests import tiny
+from tests.processes import exit_code
 from tests.training.runs import COMMON, LORA, logged, make_trainer, trained
 
 
@@ -133,15 +132,12 @@ def test_a_stopped_run_resumes_as_if_nothing_had_happened(kind, lora, tmp_path):
     assert_resumes_as_if_nothing_had_happened(kind, lora, tmp_path / "stopped", tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path):
-    command = [sys.executable, "-m", "tests.training.test_checkpoints", str(tmp_path / "killed")]
-    killed = subprocess.run(command, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert_resumes_as_if_nothing_had_happened("sft", True, tmp_path / "killed", tmp_path / "whole")
-
-
-if __name__ == "__main__":
-    victim = resumable("sft", Path(sys.argv[1]), lora=True)
+def train_until_killed(folder: Path) -> None:
+    victim = resumable("sft", folder, lora=True)
     victim.add_callback(EndAtStep(5, kill=True))
     victim.train()
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path):
+    assert exit_code(train_until_killed, tmp_path / "killed") == -signal.SIGKILL
+    assert_resumes_as_if_nothing_had_happened("sft", True, tmp_path / "killed", tmp_path / "whole")

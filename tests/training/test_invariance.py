@@ -64,7 +64,6 @@ def two_ranks(tmp_path_factory):
     return {name: torch.load(folder / f"{name}.pt") for name in KIND_IDS}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "lora", "name"), [(*k, name) for k, name in zip(KINDS, KIND_IDS, strict=True)])
 def test_two_ranks_train_and_evaluate_as_one(kind, lora, name, two_ranks, tmp_path):
     report = two_ranks[name]["report"]
