@@ -6,7 +6,7 @@ Command:   accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes
            every rank, which leaves room for an adapter: add --lora_rank 16.
 Hardware:  8 GPUs with 80 GB each. Minutes: not measured; the plan printed first gives FLOPs and memory per rank.
 Result:    a student that loads with `from_pretrained`, its retention on held-out chats, and its card.
-Rehearsal: accelerate launch recipes/llama_70b_to_8b.py --rehearse     (also with --num_processes 2 --cpu)
+Rehearsal: accelerate launch recipes/llama_70b_to_8b.py --rehearse     (also with --multi_gpu --num_processes 2)
            the whole recipe on tiny models of the same architecture, after the plan of the real run.
 """
 

@@ -76,5 +76,5 @@ distilled.create_model_card(
     evaluation_data=f"{len(held_out)} held-out snippets", tokens=flags.steps * 8 * 127,
     baseline="the same student, trained on the same tokens by cross-entropy alone",
     comparison=cards.Table(columns, table, "tokens/s: forward passes in bf16 on the machine that trained it."),
-    commands=["make quickstart ARGS=--lora" if flags.lora else "make quickstart"],
+    commands=[f'make quickstart ARGS="--steps {flags.steps}{" --lora" * flags.lora}"'],
 )  # fmt: skip

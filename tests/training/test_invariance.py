@@ -51,7 +51,7 @@ def two_ranks(tmp_path_factory):
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--cpu",
+        "--multi_gpu",  # with --cpu accelerate starts one process, whatever their number; the config keeps to the CPU
         "--num_processes",
         "2",
         "--num_machines",
