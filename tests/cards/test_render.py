@@ -100,7 +100,7 @@ def test_the_hub_reads_the_metadata():
 
     assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert data.base_model_relation == "finetune"
-    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert (data["library_name"], data.pipeline_tag) == ("transformers", "text-generation")
     assert {"distillation", "knowledge-distillation", "smollm"} <= set(data.tags)
     assert (data.license, data.datasets) == ("apache-2.0", ["org/reviews"])
     assert data.distillation["teacher"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -217,7 +217,7 @@ def test_an_adapter_says_so():
     text = render_card(DistillationCard(name="a", teacher="org/teacher", base_model="org/base", adapter=True))
 
     data = ModelCard(text).data
-    assert (data.library_name, data.base_model, data.base_model_relation) == ("peft", "org/base", "adapter")
+    assert (data["library_name"], data.base_model, data.base_model_relation) == ("peft", "org/base", "adapter")
     assert "A PEFT adapter distilled" in text
 
 
