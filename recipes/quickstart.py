@@ -21,7 +21,7 @@ from hf_distill.students import choose_layers, shrink
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--lora", action="store_true", help="train an adapter of the student")
-parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each run, 8 rows of 128 tokens each")
+parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each run, 8 rows of 128 tokens each")
 parser.add_argument("--output_dir", default="outputs/quickstart")
 flags = parser.parse_args()
 attention = "sdpa" if torch.cuda.is_available() else "eager"  # bf16 SDPA has a slow backward on CPUs
@@ -31,7 +31,7 @@ train = pack(texts["train"], teacher.tokenizer, 128).select(range(flags.steps * 
 held_out = Dataset.from_dict({"text": texts["test"][:300]})
 benchmarks = [benchmark(held_out) for benchmark in (Perplexity, KLDivergence, Top1Agreement)]
 depth = teacher.model.config.num_hidden_layers
-layers = choose_layers(depth, depth * 2 // 3, keep_first=depth * 2 // 3 - 3, keep_last=3)
+layers = choose_layers(depth, depth * 2 // 3, keep_first=depth * 2 // 3 - 5, keep_last=5)
 
 
 def train_student(folder: str, ce_weight: float, kd_weight: float) -> KDTrainer:
@@ -39,7 +39,7 @@ def train_student(folder: str, ce_weight: float, kd_weight: float) -> KDTrainer:
     print(f"\nTraining {folder}: cross-entropy x {ce_weight:g} + forward KL x {kd_weight:g}")
     args = KDConfig(
         folder, ce_weight=ce_weight, kd_weight=kd_weight, max_steps=flags.steps, per_device_train_batch_size=8,
-        learning_rate=1e-3 if flags.lora else 3e-4, lr_scheduler_type="cosine", warmup_steps=min(5, flags.steps - 1),
+        learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=min(5, flags.steps - 1),
         bf16=True, use_cpu=not torch.cuda.is_available(), logging_steps=10, save_strategy="no", report_to="none",
     )  # fmt: skip
     student, adapter = shrink(teacher.model, layers=layers, dtype=torch.float32), None

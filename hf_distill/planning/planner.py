@@ -247,13 +247,10 @@ def _notes(teacher: _Model, student: _Model, layout: Layout, teacher_cached: boo
     if layout.sharding == "ddp" or teacher_cached or teacher.quantization is not None:
         return
     loading = weight_bytes(teacher.count) / GIB
-    if layout.sharding == "fsdp2":
-        yield (
-            f"every process loads the whole teacher into host memory before it is sharded: {layout.world_size} x "
-            f"{loading:.0f} GiB."
-        )
-    else:
-        yield f"rank 0 reads the whole teacher into host memory before it is partitioned: {loading:.0f} GiB."
+    yield (
+        f"rank 0 reads the whole teacher into host memory before it is sharded: {loading:.0f} GiB (with FSDP2 every "
+        "rank does, unless the accelerate config has `fsdp_cpu_ram_efficient_loading: true`)."
+    )
 
 
 def _si(number: float) -> str:

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import has_file
+from transformers.utils import has_file, strtobool
 
 from hf_distill.anatomy import task_of
 from hf_distill.teachers.model import ModelTeacher
@@ -53,6 +53,9 @@ def load_teacher(
     **model_kwargs: Any,
 ) -> ModelTeacher:
     """Load a frozen teacher and its tokenizer.
+
+    Under FSDP2 with `fsdp_cpu_ram_efficient_loading: true` rank 0 alone reads the weights; on the other ranks the
+    teacher is empty until the trainer shards it.
 
     Args:
         name_or_path: A model on the Hub, a folder, or a PEFT adapter (its base is loaded and the adapter applied).
@@ -93,6 +96,8 @@ def load_teacher(
     code = {"trust_remote_code": trust_remote_code}
     adapter = _adapter_config(name, hub)
     if adapter is None:
+        if quantization is None and device_map is None and _rank_0_sends_weights():
+            settings["device_map"] = "meta"
         model = _load_model(name, task, settings, hub | code)
         return ModelTeacher(model, _load_tokenizer(name, hub | code), name=name)
     base, hub_of_base = _check_source(adapter.base_model_name_or_path), hub | {"revision": adapter.revision} | code
@@ -269,6 +274,16 @@ def _device_of_this_process() -> dict[str, Any] | None:
         return None
     accelerator = torch.accelerator.current_accelerator()
     return {"": "cpu" if accelerator is None else f"{accelerator.type}:{os.environ['LOCAL_RANK']}"}
+
+
+def _rank_0_sends_weights() -> bool:
+    """Whether FSDP2 is to shard what rank 0 has read, and this is another rank; said by accelerate's launcher."""
+    asked = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return (
+        all(strtobool(os.environ.get(name, "false")) for name in asked)
+        and os.environ.get("FSDP_VERSION") == "2"
+        and os.environ.get("RANK", "0") != "0"
+    )
 
 
 def _num_processes() -> int:

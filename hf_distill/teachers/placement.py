@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -103,9 +105,37 @@ def _shard_fsdp2(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         )
     from trl.models.utils import prepare_fsdp
 
-    for layer in describe(model).layers:
-        prepare_fsdp(layer, accelerator)
-    return prepare_fsdp(model, accelerator)
+    with _weights_from_rank_0(model, accelerator):
+        for layer in describe(model).layers:
+            prepare_fsdp(layer, accelerator)
+        return prepare_fsdp(model, accelerator)
+
+
+@contextmanager
+def _weights_from_rank_0(model: Any, accelerator: Accelerator) -> Iterator[None]:
+    """Where `load_teacher` let rank 0 alone read the weights, shard empty models and then send one weight at a time.
+
+    Only rank 0 ever holds the whole model, in host memory; no device does. Accelerate prepares its students so.
+    """
+    empty = torch.tensor(float(any(weight.is_meta for weight in model.parameters())), device=accelerator.device)
+    dist.all_reduce(empty, dist.ReduceOp.MAX)
+    if not empty.item():
+        yield
+        return
+    from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    weights = model.state_dict()
+    buffers = [{name: value for name, value in model.named_buffers() if name not in weights}]
+    dist.broadcast_object_list(buffers, device=accelerator.device)
+    model.to("meta").tie_weights()
+    yield
+    offloads = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    fsdp2_load_full_state_dict(accelerator, model, weights, cpu_offload=offloads)
+    for name, value in buffers[0].items():
+        owner, _, own_name = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(own_name, value.to(accelerator.device), persistent=False)
+    model.tie_weights()  # an assigned weight is no longer the one that it was tied to
 
 
 def _is_zero3(accelerator: Accelerator) -> bool:

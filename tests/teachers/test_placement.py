@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_distill.functional import LMHead
 from hf_distill.signals import Signal
-from hf_distill.teachers import ModelTeacher
+from hf_distill.teachers import ModelTeacher, load_teacher
 from hf_distill.teachers.placement import RemoteHead
 from tests import tiny
 from tests.processes import run_on_two_ranks
@@ -29,6 +31,7 @@ def run_of(kind: DistributedType = DistributedType.NO, device: str = "cpu", **st
         num_processes=1 if kind == DistributedType.NO else 2,
         device=torch.device(device),
         is_fsdp2=state.pop("is_fsdp2", False),
+        is_main_process=state.pop("is_main_process", True),
         state=SimpleNamespace(**state),
     )
 
@@ -169,6 +172,27 @@ def compare_sharded_teachers(rank: int) -> None:
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
             torch.testing.assert_close(projection.head(projection.hidden), expected, atol=1e-6, rtol=1e-5)
         assert sum(parameter.to_local().numel() for parameter in model.parameters()) < model.num_parameters()
+
+
+def compare_sent_teachers(rank: int, folders: dict[str, str]) -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, cpu_ram_efficient_loading=True)
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2", "RANK": str(rank)}
+    run = run_of(DistributedType.FSDP, is_fsdp2=True, fsdp_plugin=plugin, is_main_process=rank == 0)
+    for family, folder in folders.items():
+        expected = tiny.model(family)(**BATCH).logits.detach()
+        teacher = load_teacher(folder)
+        assert all(parameter.is_meta == (rank == 1) for parameter in teacher.model.parameters())
+        teacher.prepare(run)
+        projection = teacher.signals(BATCH, LOGITS).logits
+        assert all(isinstance(parameter, DTensor) for parameter in teacher.model.parameters())
+        torch.testing.assert_close(projection.head(projection.hidden), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_of_an_fsdp2_teacher_rank_0_alone_reads_the_weights(tmp_path):
+    folders = {family: str(tmp_path / family) for family in ("llama", "gemma2")}
+    for family, folder in folders.items():
+        tiny.model(family).save_pretrained(folder)
+    run_on_two_ranks(partial(compare_sent_teachers, folders=folders), tmp_path)
 
 
 def test_an_fsdp2_teacher_is_sharded_and_gives_the_logits_of_the_whole_model(tmp_path):
