@@ -122,7 +122,7 @@ def _weights_from_rank_0(model: Any, accelerator: Accelerator) -> Iterator[None]
     if not empty.item():
         yield
         return
-    from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     weights = model.state_dict()
@@ -131,11 +131,11 @@ def _weights_from_rank_0(model: Any, accelerator: Accelerator) -> Iterator[None]
     model.to("meta").tie_weights()
     yield
     offloads = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
-    fsdp2_load_full_state_dict(accelerator, model, weights, cpu_offload=offloads)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offloads)
+    set_model_state_dict(model, weights, options=options)
     for name, value in buffers[0].items():
         owner, _, own_name = name.rpartition(".")
         model.get_submodule(owner).register_buffer(own_name, value.to(accelerator.device), persistent=False)
-    model.tie_weights()  # an assigned weight is no longer the one that it was tied to
 
 
 def _is_zero3(accelerator: Accelerator) -> bool:

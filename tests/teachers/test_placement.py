@@ -31,7 +31,6 @@ def run_of(kind: DistributedType = DistributedType.NO, device: str = "cpu", **st
         num_processes=1 if kind == DistributedType.NO else 2,
         device=torch.device(device),
         is_fsdp2=state.pop("is_fsdp2", False),
-        is_main_process=state.pop("is_main_process", True),
         state=SimpleNamespace(**state),
     )
 
@@ -177,14 +176,17 @@ def compare_sharded_teachers(rank: int) -> None:
 def compare_sent_teachers(rank: int, folders: dict[str, str]) -> None:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, cpu_ram_efficient_loading=True)
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2", "RANK": str(rank)}
-    run = run_of(DistributedType.FSDP, is_fsdp2=True, fsdp_plugin=plugin, is_main_process=rank == 0)
+    run = run_of(DistributedType.FSDP, is_fsdp2=True, fsdp_plugin=plugin)
     for family, folder in folders.items():
-        expected = tiny.model(family)(**BATCH).logits.detach()
+        whole = tiny.model(family)
+        expected = whole(**BATCH).logits.detach()
         teacher = load_teacher(folder)
         assert all(parameter.is_meta == (rank == 1) for parameter in teacher.model.parameters())
         teacher.prepare(run)
         projection = teacher.signals(BATCH, LOGITS).logits
-        assert all(isinstance(parameter, DTensor) for parameter in teacher.model.parameters())
+        parameters = list(teacher.model.parameters())
+        assert all(isinstance(parameter, DTensor) for parameter in parameters)
+        assert len(parameters) == len(list(whole.parameters()))  # a tied weight is still one
         torch.testing.assert_close(projection.head(projection.hidden), expected, atol=1e-6, rtol=1e-5)
 
 
