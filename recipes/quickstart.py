@@ -31,7 +31,7 @@ train = pack(texts["train"], teacher.tokenizer, 128).select(range(flags.steps * 
 held_out = Dataset.from_dict({"text": texts["test"][:300]})
 benchmarks = [benchmark(held_out) for benchmark in (Perplexity, KLDivergence, Top1Agreement)]
 depth = teacher.model.config.num_hidden_layers
-layers = choose_layers(depth, depth * 2 // 3, keep_first=depth * 2 // 3 - 5, keep_last=5)
+layers = choose_layers(depth, depth * 2 // 3, keep_first=depth // 2, keep_last=depth // 6)  # 15 and 5 of 30
 
 
 def train_student(folder: str, ce_weight: float, kd_weight: float) -> KDTrainer:
