@@ -9,6 +9,7 @@ Result:    outputs/classify_reviews holds the 2-layer student and its card; the 
 import argparse
 from pathlib import Path
 
+import torch
 from assets import minilm, movie_sentiment
 from transformers import (
     AutoModelForSequenceClassification,
@@ -37,7 +38,8 @@ rows = {
 accuracy = load_metric("accuracy")
 common = {
     "max_steps": flags.steps, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64, "warmup_steps": 10,
-    "logging_steps": 50, "save_strategy": "no", "report_to": "none", "seed": 0,
+    "bf16": True, "use_cpu": not torch.cuda.is_available(), "logging_steps": 50, "save_strategy": "no",
+    "report_to": "none", "seed": 0,
 }  # fmt: skip
 data = {
     "train_dataset": rows["train"], "eval_dataset": rows["test"], "processing_class": tokenizer,
@@ -46,9 +48,11 @@ data = {
 }  # fmt: skip
 
 teacher = AutoModelForSequenceClassification.from_pretrained(
-    minilm(), num_labels=2, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1}
-)
+    minilm(), num_labels=2, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1},
+    attn_implementation="sdpa" if torch.cuda.is_available() else "eager",  # bf16 SDPA has a slow backward on CPUs
+)  # fmt: skip
 Trainer(teacher, TrainingArguments(str(flags.output_dir / "teacher"), learning_rate=5e-5, **common), **data).train()
+teacher.to(torch.bfloat16)
 
 
 def train_student(folder: Path, ce_weight: float, kd_weight: float) -> KDTrainer:
@@ -56,7 +60,7 @@ def train_student(folder: Path, ce_weight: float, kd_weight: float) -> KDTrainer
     args = KDConfig(
         str(folder), ce_weight=ce_weight, kd_weight=kd_weight, temperature=2.0, learning_rate=2e-4, **common
     )
-    trainer = KDTrainer(shrink(teacher, layers=[0, 5]), teacher, args, **data)
+    trainer = KDTrainer(shrink(teacher, layers=[0, 5], dtype=torch.float32), teacher, args, **data)
     trainer.train()
     print(f"{folder}: accuracy {trainer.evaluate()['eval_accuracy']:.4f}")
     return trainer

@@ -59,7 +59,7 @@ distilled = train_student(flags.output_dir, 0.5, 0.5)
 before = shrink(teacher.model, layers=layers)
 start = evaluate_retention(before, teacher, benchmarks, teacher.tokenizer).rows
 end = distilled.evaluate_retention(benchmarks, baseline=alone).rows
-sample, table = torch.tensor(train[:8]["input_ids"]), []
+sample, table = torch.tensor(train[:4]["input_ids"]), []
 for name, model, rows, role in [
     ("teacher", teacher.model, end, "teacher"), ("student before", before, start, "student"),
     ("cross-entropy only", alone, end, "baseline"), ("distilled", distilled.model, end, "student"),

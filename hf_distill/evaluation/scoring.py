@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 TEACHER = "teacher"
 STATISTICS = ("nll", "kl", "agreement", "correct")
-# Size of the largest tile of fp32 logits.
-TILE_BYTES = 2**25
+# Size of the largest tile of fp32 logits: small, so that the allocator hands the same memory out again.
+TILE_BYTES = 2**22
 
 
 @dataclass(frozen=True)

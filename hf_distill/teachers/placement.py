@@ -47,7 +47,7 @@ def place(model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, torch.
 
     Raises:
         ValueError: In a distributed run, the model is spread over devices or quantised on another process's device;
-            or the run uses the first version of FSDP.
+            or the run uses the first version of FSDP; or rank 0 alone has read it, for a run that does not shard it.
     """
     base = unwrap(model)
     distributed = accelerator.distributed_type != DistributedType.NO
@@ -74,6 +74,13 @@ def place(model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, torch.
         return prepare_deepspeed(model, accelerator), accelerator.device
     if accelerator.distributed_type == DistributedType.FSDP:
         return _shard_fsdp2(model, accelerator), accelerator.device
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(
+            "The teacher is empty on this process: the launcher announced FSDP with `fsdp_cpu_ram_efficient_loading`, "
+            "so rank 0 alone has read it, but the trainer does not use FSDP; set "
+            "`fsdp_cpu_ram_efficient_loading: false` under `fsdp_config` in the accelerate config, or load the teacher "
+            "in a run that shards it."
+        )
     return model.to(accelerator.device), None
 
 

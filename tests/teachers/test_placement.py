@@ -47,6 +47,11 @@ def test_a_plain_teacher_is_moved_to_the_device_of_the_process(kind):
     assert {parameter.device.type for parameter in teacher.model.parameters()} == {"meta"}
 
 
+def test_a_teacher_that_only_rank_0_has_read_needs_a_run_that_shards_it():
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: false"):
+        ModelTeacher(tiny.model().to("meta")).prepare(run_of(DistributedType.MULTI_GPU))
+
+
 @pytest.fixture
 def bf16_accelerator():
     """An accelerator of its own: all of a process share one state, which earlier runs have set to their precision."""
