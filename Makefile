@@ -29,8 +29,12 @@ quickstart: $(INSTALLED) ## Distil a real model and print how much of the teache
 test: $(INSTALLED) ## Run the tests, offline and on the CPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
 
-slow: $(INSTALLED) ## Run the others: real downloads
-	$(BIN)/python -m pytest -m slow $(ARGS)
+# In a folder of its own: where DeepSpeed can be imported, accelerate imports it in every run.
+$(VENV)/deepspeed: $(INSTALLED) requirements-deepspeed.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@ --requirement requirements-deepspeed.lock
+
+slow: $(VENV)/deepspeed ## Run the others: real downloads, DeepSpeed
+	PYTHONPATH=$(VENV)/deepspeed $(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED) ## Style, types and import contracts
 	$(BIN)/ruff check .

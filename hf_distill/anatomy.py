@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -210,22 +211,30 @@ def output_head(model: nn.Module) -> nn.Module:
 def resolve_head(model: nn.Module) -> LMHead | Callable[[Tensor], Tensor]:
     """Find out how to turn last hidden states into logits.
 
-    The plain weight is given out only where it is the whole truth; adapters, quantised, sharded (ZeRO-3) and offloaded
-    heads run their own forward. Call it once per step: an FSDP2 head is gathered here, with a gradient that is
-    averaged over the ranks like every other. Inside PEFT's `disable_adapter()` the head is resolved without
-    the adapter, and stays so afterwards.
+    The plain weight is given out only where it is the whole truth; adapters, quantised and offloaded heads run their
+    own forward. Call it once per step, on all ranks together: the head of FSDP2 and ZeRO-3 is gathered here, with a
+    gradient that is averaged over the ranks like every other. Inside PEFT's `disable_adapter()` the head is resolved
+    without the adapter, and stays so afterwards.
 
     Returns:
         An `LMHead`, or a callable from `[n, H]` to logits `[n, V]`; scale and softcap are applied by both.
 
     Raises:
-        ValueError: The model has no head over the vocabulary.
+        ValueError: The model has no head over the vocabulary, or one that ZeRO-3 partitions and that is more than a
+            weight and a bias.
     """
     base = unwrap(model)
     config = base.config.get_text_config()
     scale, softcap = _logit_scale(config), _softcap(config)
     head = _without_disabled_adapters(output_head(base))
     if not _is_plain(head):
+        if any(hasattr(parameter, "ds_id") for parameter in head.parameters()):
+            # It would gather in every call, and ranks that project different numbers of chunks wait for ever.
+            raise ValueError(
+                f"The head is a {type(head).__name__}, which ZeRO-3 partitions, and its forward would gather its "
+                "weights a different number of times on each rank; keep adapters off it (leave `lm_head` out of "
+                "`target_modules` and `modules_to_save`), or use FSDP2, DDP or ZeRO-2."
+            )
         return ModuleHead(head, scale, softcap)
     bias = None if head.bias is None else _whole(head.bias)
     return LMHead(_whole(head.weight), bias, scale, softcap)
@@ -323,12 +332,14 @@ def _is_plain(head: nn.Module) -> bool:
     # Quantised and packed weights are subclasses of Parameter or Tensor; 8-bit floats need scales kept elsewhere.
     ordinary = type(weight) is nn.Parameter or isinstance(weight, DTensor)
     readable = weight.is_floating_point() and weight.dtype.itemsize > 1
-    elsewhere = weight.is_meta or hasattr(weight, "ds_id") or hasattr(head, "_hf_hook")
+    elsewhere = weight.is_meta or hasattr(head, "_hf_hook")
     return ordinary and readable and not elsewhere
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """An ordinary tensor as it is; an FSDP2 shard gathered."""
+    """An ordinary tensor as it is; a shard of FSDP2 or a partition of ZeRO-3 gathered."""
+    if hasattr(parameter, "ds_id"):
+        return _copy_of_partitions(parameter)
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
@@ -338,3 +349,13 @@ def _whole(parameter: Tensor) -> Tensor:
     if full.requires_grad:
         full.register_hook(lambda gradient: gradient / mesh.size())
     return full
+
+
+def _copy_of_partitions(parameter: Any) -> Tensor:
+    """A parameter of ZeRO-3, whole; DeepSpeed partitions the gradient that reaches it as any other."""
+    from deepspeed.runtime.zero import GatheredParameters, ZeroParamStatus
+
+    # What its module has gathered already (a tied embedding) is for DeepSpeed to partition again.
+    here = parameter.ds_status == ZeroParamStatus.AVAILABLE
+    with nullcontext() if here else GatheredParameters([parameter]):
+        return parameter.clone()

@@ -173,16 +173,22 @@ def test_a_quantised_head_runs_its_own_forward(kind):
     assert_head_gives_the_logits_of(model)
 
 
-@pytest.mark.parametrize("where", ["partitioned", "offloaded", "hooked"])
+@pytest.mark.parametrize("where", ["offloaded", "hooked"])
 def test_a_weight_that_is_not_here_is_not_handed_out(where):
     model = tiny.model("llama")
-    if where == "partitioned":
-        model.lm_head.weight.ds_id = 1
-    elif where == "offloaded":
+    if where == "offloaded":
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.to("meta"))
     else:
         model.lm_head._hf_hook = object()
     assert not isinstance(resolve_head(model), LMHead)
+
+
+def test_an_adapter_on_a_head_that_zero3_partitions_is_refused():
+    model = lora(tiny.model("llama"), target_modules=["lm_head"])
+    for parameter in model.parameters():
+        parameter.ds_id = 1
+    with pytest.raises(ValueError, match=r"ZeRO-3 partitions.*leave `lm_head` out"):
+        resolve_head(model)
 
 
 @pytest.mark.parametrize("wrap", ["peft", "compile", "data_parallel", "all"])

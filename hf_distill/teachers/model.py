@@ -18,7 +18,7 @@ from hf_distill.signals import Projection, Signal, TeacherSignals, identity
 from hf_distill.taps import tap_last_hidden
 from hf_distill.teachers.base import Teacher, class_names
 from hf_distill.teachers.inputs import model_inputs
-from hf_distill.teachers.placement import RemoteHead, gathered_head, place
+from hf_distill.teachers.placement import RemoteHead, place
 from hf_distill.teachers.quantization import quantization_of
 
 
@@ -61,7 +61,6 @@ class ModelTeacher(Teacher):
         self._num_parameters = _count_parameters(self._base)
         self._known_ids = min(self.vocab_size, vocabulary_size(tokenizer)) if tokenizer else self.vocab_size
         self._device: torch.device | None = None
-        self._head: LMHead | None = None
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Move the model to the device of this process, or shard it as the student is (FSDP2, ZeRO-3).
@@ -72,8 +71,6 @@ class ModelTeacher(Teacher):
         if self._device is not None:
             return  # sharded already
         self.model, self._device = place(self.model, accelerator)
-        if self.task != "sequence_classification":
-            self._head = gathered_head(self._base)
 
     def config_for_card(self) -> dict[str, Any]:
         """Name, commit, architecture, size, precision and quantisation; what is not known is left out."""
@@ -99,7 +96,7 @@ class ModelTeacher(Teacher):
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         self.model.eval()  # somebody may have called .train() on a model that is theirs too
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            projection = project(self.model, inputs, self._head)
+            projection = project(self.model, inputs)
         return TeacherSignals(logits=_at_home(projection, home))
 
     def _only_known_tokens(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -156,14 +153,14 @@ def public_name(name: str | None) -> str | None:
     return os.path.basename(os.path.normpath(name)) if is_path else name
 
 
-def project(model: nn.Module, inputs: Mapping[str, Any], head: LMHead | None = None) -> Projection:
+def project(model: nn.Module, inputs: Mapping[str, Any]) -> Projection:
     """Call a model and return its logits, not yet projected for language models."""
     if task_of(model) == "sequence_classification":
         return Projection(hidden=model(**inputs).logits, head=identity)
     with tap_last_hidden(model) as tap:
         model(**inputs)
-    # An adapter that is disabled now stays out of the head; an FSDP2 shard is gathered now, on all ranks together.
-    return Projection(hidden=tap.hidden, head=head or resolve_head(model))
+    # An adapter that is disabled now stays out of the head; a shard is gathered now, on all ranks together.
+    return Projection(hidden=tap.hidden, head=resolve_head(model))
 
 
 def _at_home(projection: Projection, home: torch.device) -> Projection:

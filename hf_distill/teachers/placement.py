@@ -11,10 +11,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hf_distill.anatomy import describe, output_head, unwrap
-from hf_distill.functional import LMHead
+from hf_distill.anatomy import describe, unwrap
 
 
 @dataclass(frozen=True)
@@ -78,29 +76,9 @@ def place(model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, torch.
         raise ValueError(
             "The teacher is empty on this process: the launcher announced FSDP with `fsdp_cpu_ram_efficient_loading`, "
             "so rank 0 alone has read it, but the trainer does not use FSDP; set "
-            "`fsdp_cpu_ram_efficient_loading: false` under `fsdp_config` in the accelerate config, or load the teacher "
-            "in a run that shards it."
+            "`fsdp_cpu_ram_efficient_loading: false` under `fsdp_config` in the accelerate config, or train with FSDP2."
         )
     return model.to(accelerator.device), None
-
-
-def gathered_head(model: PreTrainedModel) -> LMHead | None:
-    """Copy the head of a model that ZeRO-3 has partitioned; None for any other model.
-
-    A partitioned head gathers its weight in every call, on all ranks together. Ranks that project different numbers
-    of chunks would wait for each other for ever; the copy, one `[V, H]` per rank, cannot be stale because the
-    teacher is frozen.
-    """
-    head: Any = output_head(model)
-    if not hasattr(head.weight, "ds_id"):
-        return None
-    anatomy = describe(model)
-    from deepspeed.zero import GatheredParameters
-
-    with GatheredParameters(list(head.parameters())), torch.no_grad():
-        weight = head.weight.clone()
-        bias = None if head.bias is None else head.bias.clone()
-    return LMHead(weight, bias, anatomy.logit_scale, anatomy.softcap)
 
 
 def _shard_fsdp2(model: nn.Module, accelerator: Accelerator) -> nn.Module:

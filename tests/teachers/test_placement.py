@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -112,45 +111,6 @@ def test_the_first_version_of_fsdp_is_refused():
 def test_a_head_elsewhere_takes_and_gives_tensors_of_the_students_device():
     head = RemoteHead(LMHead(torch.ones(5, 3, device="meta")), torch.device("meta"), torch.device("meta"))
     assert head(torch.ones(2, 3)).shape == (2, 5)
-
-
-def test_zero3_is_prepared_by_trl_and_the_head_is_gathered_once(monkeypatch):
-    gathered = []
-
-    class GatheredParameters:
-        def __init__(self, parameters):
-            gathered.extend(parameters)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
-
-    class Engine(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, **inputs):
-            return self.module(**inputs)
-
-    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "deepspeed.zero", SimpleNamespace(GatheredParameters=GatheredParameters))
-    monkeypatch.setattr("trl.models.utils.prepare_deepspeed", lambda model, accelerator: Engine(model))
-    model = tiny.model("gemma2", final_logit_softcapping=0.1)
-    expected = model(**BATCH).logits.detach()
-    for parameter in model.parameters():
-        parameter.ds_id, parameter.ds_numel = 0, 7
-    teacher = ModelTeacher(model)
-    run = run_of(DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=3))
-    teacher.prepare(run)
-    teacher.prepare(run)
-    assert isinstance(teacher.model, Engine)
-    assert not isinstance(teacher.model.module, Engine)
-    assert [id(parameter) for parameter in gathered] == [id(model.lm_head.weight)]
-    torch.testing.assert_close(logits_of(teacher), expected)
-    assert teacher.config_for_card()["parameters"] == 7 * len(list(model.parameters()))
 
 
 def test_other_zero_stages_keep_a_replica():

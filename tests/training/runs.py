@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 
 from tests import tiny
 
@@ -29,9 +29,15 @@ COMMON = {
 }
 
 
-def make_trainer(kind: str, output_dir: Path, *, lora: bool = False, rows: int = 16, **config):
+def make_models(tied: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The student and the teacher of a run; `tied` makes one weight of head and embedding."""
+    config = {"tie_word_embeddings": tied}
+    return tiny.model("llama", layers=1, seed=0, **config), tiny.model("llama", layers=2, seed=1, **config)
+
+
+def make_trainer(kind: str, output_dir: Path, *, lora: bool = False, rows: int = 16, models=None, **config):
     """Build a tiny `KDTrainer` ("kd") or `KDSFTTrainer` ("sft"); `config` overrides its fields."""
-    student, teacher = tiny.model("llama", layers=1, seed=0), tiny.model("llama", layers=2, seed=1)
+    student, teacher = models or make_models()
     peft_config = LoraConfig(**LORA) if lora else None
     settings = COMMON | {"output_dir": str(output_dir)} | config
     tokenizer = tiny.tokenizer()
