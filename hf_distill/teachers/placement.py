@@ -76,7 +76,7 @@ def place(model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, torch.
         raise ValueError(
             "The teacher is empty on this process: the launcher announced FSDP with `fsdp_cpu_ram_efficient_loading`, "
             "so rank 0 alone has read it, but the trainer does not use FSDP; set "
-            "`fsdp_cpu_ram_efficient_loading: false` under `fsdp_config` in the accelerate config, or train with FSDP2."
+            "`fsdp_cpu_ram_efficient_loading: false` under `fsdp_config` in the accelerate config, or use FSDP2."
         )
     return model.to(accelerator.device), None
 
