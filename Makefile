@@ -42,5 +42,5 @@ lint: $(INSTALLED) ## Style, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --config setup.cfg --no-cache
 
-bench: $(INSTALLED) ## Time the loss against its alternatives, in one process
-	$(BIN)/python benchmarks/loss.py $(ARGS)
+bench: $(INSTALLED) ## Time the loss (ARGS=step: a training step) against the alternatives, in one run
+	$(BIN)/python benchmarks/run.py $(or $(ARGS),loss)

@@ -25,7 +25,7 @@ from hf_distill.students import shrink
 
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--steps", type=int, default=500, help="steps of 32 snippets for teacher and students each")
+parser.add_argument("--steps", type=int, default=300, help="steps of 32 snippets for teacher and students each")
 parser.add_argument("--output_dir", type=Path, default=Path("outputs/classify_reviews"))
 flags = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(minilm())

@@ -141,14 +141,18 @@ class _Pass:
         self.grad_hidden = torch.zeros_like(student.hidden) if needs[0] else None
         self.grad_weight = weight.new_zeros(weight.shape, dtype=dtype) if needs[1] else None
         self.grad_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if needs[2] else None
-        # The product of a chunk in low precision, before it is added in fp32.
-        self._product = torch.empty_like(weight) if needs[1] and dtype != weight.dtype else None
+        # The product of a chunk in low precision, before it is added in fp32; CUDA adds it without rounding it first.
+        rounds = dtype != weight.dtype and not weight.is_cuda
+        self._product = torch.empty_like(weight) if needs[1] and rounds else None
 
     def _add_gradients(self, student: _Projector, part: slice, gradient: Tensor) -> None:
         if self.grad_hidden is not None:
             torch.mm(gradient, student.head.weight, out=self.grad_hidden[part])
         if self._product is not None and self.grad_weight is not None:
             self.grad_weight.add_(torch.mm(gradient.t(), student.hidden[part], out=self._product))
+        elif self.grad_weight is not None and gradient.dtype != self.grad_weight.dtype:
+            total = self.grad_weight
+            torch.addmm(total, gradient.t(), student.hidden[part], out_dtype=total.dtype, out=total)
         elif self.grad_weight is not None:
             self.grad_weight.addmm_(gradient.t(), student.hidden[part])
         if self.grad_bias is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_distill.functional import DIVERGENCES, METRICS, linear_distillation_loss
-from tests.functional.twins import HEADS, KWARGS, SMALL, Case, assert_twins, every, module_of, naive, of
+from tests.functional.twins import DEVICES, HEADS, KWARGS, SMALL, Case, assert_twins, every, module_of, naive, of
 
 
 @every
@@ -77,8 +77,9 @@ def test_float64_stays_float64(name):
 
 @every
 @pytest.mark.parametrize("head", [{}, {"bias": True}, {"softcap": 3.0}], ids=["plain", "bias", "softcap"])
-def test_bf16_is_no_worse_than_the_naive_path_with_fp32_softmax(name, head):
-    case = Case(tokens=300, dtype=torch.bfloat16, **head)
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_is_no_worse_than_the_naive_path_with_fp32_softmax(name, head, device):
+    case = Case(tokens=300, **head).to(torch.bfloat16, device)
     reference = case.to(torch.float64)
     terms = {"ce": 0.5, **of(name, 0.5)}
     exact, theirs, ours = naive(reference, terms)[0], naive(case, terms)[0], case.fused(terms=terms).loss

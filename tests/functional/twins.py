@@ -11,6 +11,7 @@ from hf_distill.functional import DIVERGENCES, LMHead, linear_distillation_loss,
 
 KWARGS = {name: {"t": 0.3} if name == "taid" else {} for name in DIVERGENCES}
 SMALL = 1  # a budget of one byte: the smallest chunks
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 class Case:
@@ -55,16 +56,17 @@ class Case:
         given = {"teacher_hidden": self.teacher_hidden, "teacher_head": self.teacher_head, "chunk_bytes": SMALL}
         return linear_distillation_loss(self.hidden, self.head, self.labels, **given | arguments)
 
-    def to(self, dtype: torch.dtype) -> "Case":
-        """The same numbers in another precision, as new leaves."""
+    def to(self, dtype: torch.dtype, device: str | torch.device | None = None) -> "Case":
+        """The same numbers in another precision, or on another device, as new leaves."""
+        device = device or self.hidden.device
         other = Case.__new__(Case)
-        other.labels = self.labels
-        other.hidden = self.hidden.detach().to(dtype).requires_grad_()
-        other.teacher_hidden = self.teacher_hidden.to(dtype)
+        other.labels = self.labels.to(device)
+        other.hidden = self.hidden.detach().to(device, dtype).requires_grad_()
+        other.teacher_hidden = self.teacher_hidden.to(device, dtype)
         for name in ("head", "teacher_head"):
             head = getattr(self, name)
             tensors = {k: getattr(head, k) for k in ("weight", "bias") if getattr(head, k) is not None}
-            copies = {k: v.detach().to(dtype).requires_grad_(v.requires_grad) for k, v in tensors.items()}
+            copies = {k: v.detach().to(device, dtype).requires_grad_(v.requires_grad) for k, v in tensors.items()}
             setattr(other, name, replace(head, **copies))
         return other
 
