@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 TEACHER = "teacher"
 STATISTICS = ("nll", "kl", "agreement", "correct")
-# Size of the largest tile of fp32 logits: small, so that the allocator hands the same memory out again.
-TILE_BYTES = 2**22
+# Sizes of fp32 logits: of what is projected at once, and of what is evaluated at once. The second is small, so that
+# the allocator hands the same memory out again.
+TILE_BYTES = 2**25
+BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -213,15 +215,21 @@ def _statistics(projections: Mapping[str, Projection], labels: Tensor, tile: Ten
     logits = {role: part.head(part.hidden) for role, part in parts.items()}
     teacher = logits[TEACHER]
     gold = labels[tile].to(teacher.device)
+    rows = max(1, BLOCK_BYTES // (4 * max(model.shape[-1] for model in logits.values())))
     result = {}
-    for role, student in logits.items():
-        student = student.to(teacher.device)
-        shared = min(student.shape[-1], teacher.shape[-1])
-        values = (
-            torch.nn.functional.cross_entropy(student.float(), gold, reduction="none"),
-            forward_kl(student[..., :shared], teacher[..., :shared]),
-            student[..., :shared].argmax(-1) == teacher[..., :shared].argmax(-1),
-            student.argmax(-1) == gold,
-        )
-        result[role] = torch.stack([value.float() for value in values]).cpu().double()
+    for role, model in logits.items():
+        sides = model.to(teacher.device).split(rows), teacher.split(rows), gold.split(rows)
+        result[role] = torch.cat([_compare(*block) for block in zip(*sides, strict=True)], 1).cpu().double()
     return result
+
+
+def _compare(student: Tensor, teacher: Tensor, gold: Tensor) -> Tensor:
+    """`STATISTICS` of a block of logits, `[4, n]`."""
+    shared = min(student.shape[-1], teacher.shape[-1])
+    values = (
+        torch.nn.functional.cross_entropy(student.float(), gold, reduction="none"),
+        forward_kl(student[..., :shared], teacher[..., :shared]),
+        student[..., :shared].argmax(-1) == teacher[..., :shared].argmax(-1),
+        student.argmax(-1) == gold,
+    )
+    return torch.stack([value.float() for value in values])

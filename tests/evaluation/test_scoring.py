@@ -94,7 +94,8 @@ def test_tiles_and_batches_do_not_change_the_sums(monkeypatch):
     student, teacher, dataset = tiny.model(seed=1), tiny.model(seed=2), tiny.tokenized_dataset(6)
     whole = row_sums(student, teacher, dataset)
 
-    monkeypatch.setattr("hf_distill.evaluation.scoring.TILE_BYTES", 3 * 4 * 320)
+    monkeypatch.setattr("hf_distill.evaluation.scoring.TILE_BYTES", 5 * 4 * 320)
+    monkeypatch.setattr("hf_distill.evaluation.scoring.BLOCK_BYTES", 2 * 4 * 320)
     parts = row_sums(student, teacher, dataset, batch_size=1)
 
     for role in whole:
