@@ -68,8 +68,8 @@ def train_student(folder: Path, ce_weight: float, kd_weight: float) -> KDTrainer
 
 alone = train_student(flags.output_dir / "labels", 1.0, 0.0)
 distilled = train_student(flags.output_dir, 0.5, 0.5)
-print(distilled.evaluate_retention([ClassificationAccuracy(rows["test"])], baseline=alone.model))
 distilled.save_model()
+print(distilled.evaluate_retention([ClassificationAccuracy(rows["test"])], baseline=alone.model))
 distilled.create_model_card(
     model_name="Movie sentiment, 2 layers", language="en", license="mit", teacher_license="mit",
     teacher="all-MiniLM-L6-v2 fine-tuned on the same snippets", baseline="the same student, trained on labels alone",

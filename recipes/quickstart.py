@@ -56,6 +56,7 @@ def train_student(folder: str, ce_weight: float, kd_weight: float) -> KDTrainer:
 
 alone = train_student(f"{flags.output_dir}/cross-entropy", 1.0, 0.0).model
 distilled = train_student(flags.output_dir, 0.5, 0.5)
+distilled.save_model()
 before = shrink(teacher.model, layers=layers)
 start = evaluate_retention(before, teacher, benchmarks, teacher.tokenizer).rows
 end = distilled.evaluate_retention(benchmarks, baseline=alone).rows
@@ -68,7 +69,6 @@ for name, model, rows, role in [
     table.append([name, *(getattr(row, role) for row in rows), size, round(speed)])
 columns = ["model", "perplexity", "KL to the teacher", "top-1 agreement", "parameters (M)", "tokens/s"]
 print(markdown_table(columns, table))
-distilled.save_model()
 distilled.create_model_card(
     model_name="SmolLM2-135M-Instruct, distilled", base_model="HuggingFaceTB/SmolLM2-135M-Instruct", language="en",
     teacher="HuggingFaceTB/SmolLM2-135M-Instruct", license="apache-2.0", teacher_license="apache-2.0",
