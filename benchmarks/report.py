@@ -2,7 +2,7 @@
 
     python benchmarks/report.py
 
-Of the rows with one setting, number of threads and machine, the last counts.
+Of the rows with one setting, number of threads and machine, the last counts. The plot needs the extra `plots`.
 """
 
 from __future__ import annotations

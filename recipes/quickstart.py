@@ -1,7 +1,7 @@
 """Distil SmolLM2-135M-Instruct into a student cut from its own layers, and see what distillation adds.
 
 Command:   make quickstart     (ARGS=--lora trains an adapter of the student instead, ARGS="--steps 120" longer)
-Hardware:  2 CPU cores, 8 GB. Minutes: an hour on two heavily shared cores; not measured on free ones.
+Hardware:  2 CPU cores, 8 GB. Minutes: 80 to 130 on two heavily shared cores; not measured on free ones.
 Result:    the student, its tokenizer and its card in outputs/quickstart; a table against cross-entropy alone.
 """
 
