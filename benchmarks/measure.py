@@ -89,12 +89,16 @@ def print_rows(title: str, row: Mapping[str, Any]) -> None:
 def record(suite: str, row: dict[str, Any]) -> None:
     """Add a row to `results/<suite>.json`, with the machine, the versions and the command."""
     path = RESULTS / f"{suite}.json"
-    facts = {"machine": _machine(), "versions": _versions(), "command": f"python {shlex.join(sys.argv)}"}
+    facts = {"machine": _machine(), "versions": _versions(), "command": _command()}
     known = json.loads(path.read_text()) if path.exists() else []
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_text(json.dumps([*known, {**row, **facts}], indent=1) + "\n")
     unfinished.replace(path)
+
+
+def _command() -> str:
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def _machine() -> dict[str, Any]:
