@@ -30,11 +30,14 @@ test: $(INSTALLED) ## Run the tests, offline and on the CPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
 
 # In a folder of its own: where DeepSpeed can be imported, accelerate imports it in every run.
-$(VENV)/deepspeed: $(INSTALLED) requirements-deepspeed.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@ --requirement requirements-deepspeed.lock
+DEEPSPEED := $(VENV)/deepspeed
+$(DEEPSPEED)/.installed: $(INSTALLED) requirements-deepspeed.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(DEEPSPEED) \
+		--requirement requirements-deepspeed.lock
+	touch $@
 
-slow: $(VENV)/deepspeed ## Run the others: real downloads, DeepSpeed
-	PYTHONPATH=$(VENV)/deepspeed $(BIN)/python -m pytest -m slow $(ARGS)
+slow: $(DEEPSPEED)/.installed ## Run the others: real downloads, DeepSpeed
+	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED) ## Style, types and import contracts
 	$(BIN)/ruff check .

@@ -89,7 +89,7 @@ def print_rows(title: str, row: Mapping[str, Any]) -> None:
 def record(suite: str, row: dict[str, Any]) -> None:
     """Add a row to `results/<suite>.json`, with the machine, the versions and the command."""
     path = RESULTS / f"{suite}.json"
-    facts = {"machine": _machine(), "versions": _versions(), "command": _command()}
+    facts = {"machine": in_child(_machine), "versions": _versions(), "command": _command()}
     known = json.loads(path.read_text()) if path.exists() else []
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")

@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="add the rows to benchmarks/results/<suite>.json")
     args = parser.parse_args()
+    if unknown := set(args.cases or ()) - set(SUITES[args.suite].CASES):
+        parser.error(f"unknown --cases {sorted(unknown)}; choose from {list(SUITES[args.suite].CASES)}")
     for threads in args.threads:
         for preset, setting in _settings(args):
             cases = args.cases or CASES[args.suite]
