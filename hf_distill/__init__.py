@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_distill.evaluation import RetentionReport, evaluate_retention
-    from hf_distill.objectives import LogitObjective
+    from hf_distill.objectives import HiddenStateObjective, LogitObjective
     from hf_distill.teachers import ModelTeacher, load_teacher
     from hf_distill.training.arguments import KDConfig
     from hf_distill.training.sft import KDSFTConfig, KDSFTTrainer
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = version("hf-distill")
 
 __all__ = [
+    "HiddenStateObjective",
     "KDConfig",
     "KDSFTConfig",
     "KDSFTTrainer",
@@ -31,6 +32,7 @@ __all__ = [
 
 # Public name -> the module that defines it, imported when the name is first used.
 _MODULES = {
+    "HiddenStateObjective": "hf_distill.objectives",
     "KDConfig": "hf_distill.training.arguments",
     "KDSFTConfig": "hf_distill.training.sft",
     "KDSFTTrainer": "hf_distill.training.sft",

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_distill.functional.head import LMHead, finish_logits
+from hf_distill.signals import ModelShape
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,24 @@ def describe(model: nn.Module) -> Anatomy:
         hidden_size=config.hidden_size,
         num_layers=len(layers),
         vocab_size=config.vocab_size,
+    )
+
+
+def shape_of(model: nn.Module, role: str) -> ModelShape:
+    """What objectives are told of a model; `role` is "student" or "teacher".
+
+    Raises:
+        ValueError: The family is unknown and its layers cannot be told with certainty.
+    """
+    parts = describe(model)
+    origin = getattr(parts.model.config, "hf_distill", None) or {}
+    kept = origin.get("kept_layers")
+    return ModelShape(
+        name=f"{role} ({type(parts.model).__name__})",
+        num_layers=parts.num_layers,
+        hidden_size=parts.hidden_size,
+        kept_layers=None if kept is None else tuple(kept),
+        cut_from=origin.get("teacher_num_hidden_layers"),
     )
 
 

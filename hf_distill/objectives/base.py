@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from hf_distill.signals import Signal
+from hf_distill.signals import ModelShape, Signal, StudentSignals, TeacherSignals
 
 
 class Objective(nn.Module):
@@ -33,6 +34,34 @@ class Objective(nn.Module):
     def config(self) -> dict[str, object]:
         """What the model card says of this objective."""
         return {"objective": type(self).__name__, "weight": self.weight}
+
+
+class FeatureObjective(Objective, ABC):
+    """A term that compares what passes inside both models.
+
+    A subclass sets `name` and `needs`, and writes `bind` and `forward`.
+
+    Attributes:
+        name: What the term is called in logs, without "_loss".
+        student_layers: Layers of the student whose hidden states it reads, known after `bind`.
+        teacher_layers: Layers of the teacher.
+    """
+
+    name: str
+    student_layers: frozenset[int] = frozenset()
+    teacher_layers: frozenset[int] = frozenset()
+
+    @abstractmethod
+    def bind(self, student: ModelShape, teacher: ModelShape) -> None:
+        """Choose layers and build parameters for two models; called once, before the optimizer is made.
+
+        Raises:
+            ValueError: The models do not fit together under this objective; both sides are named.
+        """
+
+    @abstractmethod
+    def forward(self, student: StudentSignals, teacher: TeacherSignals) -> Tensor:
+        """The sum of this term over labels, 0-dim fp32, unweighted: the trainer divides it once for all terms."""
 
 
 def check_weight(name: str, weight: float) -> float:

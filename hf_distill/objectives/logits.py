@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_distill.functional import LinearLossOutput, linear_distillation_loss, resolve_divergence
@@ -78,6 +80,8 @@ def logit_loss(
 ) -> LinearLossOutput:
     """Compute cross-entropy on the labels and all logit objectives in one pass.
 
+    Without any of them the loss is a zero that reaches the student's hidden states, and only monitors are computed.
+
     Args:
         objectives: Terms that share one temperature; none is allowed, then only cross-entropy is computed.
         ce_weight: Factor of the cross-entropy, >= 0.
@@ -95,6 +99,10 @@ def logit_loss(
     for objective in objectives:
         terms[objective.divergence] = (objective.weight, objective.divergence_kwargs)
     projection = None if teacher is None else teacher.logits
+    if not terms:
+        with torch.no_grad():
+            monitors = logit_loss([], 1.0, student, teacher)
+        return replace(monitors, loss=student.logits.hidden[:0].sum(dtype=torch.float32), parts={})
     return linear_distillation_loss(
         student.logits.hidden,
         student.logits.head,

@@ -10,11 +10,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from hf_distill.anatomy import task_of, unwrap
-from hf_distill.signals import Signal, TeacherSignals
+from hf_distill.anatomy import shape_of, task_of, unwrap
+from hf_distill.signals import ModelShape, Signal, TeacherSignals
 from hf_distill.teachers.base import Teacher, class_names
 from hf_distill.teachers.inputs import model_inputs
-from hf_distill.teachers.model import project, public_name
+from hf_distill.teachers.model import public_name, read_signals
 from hf_distill.teachers.quantization import prepare_quantized_student, quantization_of
 
 
@@ -33,7 +33,7 @@ class AdapterDisabledTeacher(Teacher):
             weights of the base itself are trained, so that there is no base left to be the teacher.
     """
 
-    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS})
+    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES})
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -56,12 +56,15 @@ class AdapterDisabledTeacher(Teacher):
         }
         return {key: value for key, value in facts.items() if value is not None}
 
-    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal]) -> TeacherSignals:
-        if Signal.LOGITS not in needs:
-            return TeacherSignals()
+    def shape(self) -> ModelShape:
+        """Depth and width; see `Teacher.shape`."""
+        return shape_of(self.model, "teacher")
+
+    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: frozenset[int]) -> TeacherSignals:
         inputs = model_inputs(unwrap(self.model), batch)
         with torch.no_grad(), self._adapter_disabled():
-            return TeacherSignals(logits=project(self.model, inputs))
+            logits, hidden = read_signals(self.model, inputs, layers)
+        return TeacherSignals(logits if Signal.LOGITS in needs else None, hidden)
 
     @contextmanager
     def _adapter_disabled(self) -> Iterator[None]:

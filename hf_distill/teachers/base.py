@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.anatomy import task_of, unwrap
-from hf_distill.signals import Signal, TeacherSignals
+from hf_distill.signals import ModelShape, Signal, TeacherSignals
 
 
 class Teacher(ABC):
@@ -37,12 +37,15 @@ class Teacher(ABC):
     labels: tuple[str, ...] | None = None
     reads_token_types: bool = False
 
-    def signals(self, batch: Mapping[str, Any], needs: Collection[Signal]) -> TeacherSignals:
+    def signals(
+        self, batch: Mapping[str, Any], needs: Collection[Signal], layers: Collection[int] = ()
+    ) -> TeacherSignals:
         """Compute the signals that are needed for one batch, without gradient.
 
         Args:
             batch: What the student's forward is given, `input_ids` `[B, S]` and so on; it is not changed.
             needs: The signals that are asked for.
+            layers: Whose hidden states are asked for, with `Signal.HIDDEN_STATES`; see `TeacherSignals`.
 
         Returns:
             The signals, on the device of the batch; those that were not asked for are None.
@@ -56,7 +59,16 @@ class Teacher(ABC):
                 f"`needs` asks for {_names(needs)}, but {type(self).__name__} provides only {_names(self.provides)}; "
                 f"use a teacher that provides {_names(missing)}, for example `ModelTeacher(model)`."
             )
-        return self._signals(batch, frozenset(needs))
+        hidden = Signal.HIDDEN_STATES in needs
+        return self._signals(batch, frozenset(needs), frozenset(layers) if hidden else frozenset())
+
+    def shape(self) -> ModelShape:
+        """Depth and width, for objectives that compare layers.
+
+        Raises:
+            ValueError: It has no layers, or they cannot be told.
+        """
+        raise ValueError(f"`teacher_model`: a {type(self).__name__} has no layers to compare; use a ModelTeacher.")
 
     def prepare(self, accelerator: Accelerator) -> None:  # noqa: B027 # many teachers have nothing to place
         """Place or shard the teacher for a run; called once, before the first `signals`."""
@@ -66,7 +78,7 @@ class Teacher(ABC):
         """What the model card says of this teacher: plain values, no local paths."""
 
     @abstractmethod
-    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal]) -> TeacherSignals:
+    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: frozenset[int]) -> TeacherSignals:
         """Compute signals that are known to be provided."""
 
 

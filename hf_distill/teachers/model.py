@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.anatomy import ModuleHead, resolve_head, task_of, unwrap, vocabulary_size
+from hf_distill.anatomy import ModuleHead, resolve_head, shape_of, task_of, unwrap, vocabulary_size
 from hf_distill.functional import LMHead
-from hf_distill.signals import Projection, Signal, TeacherSignals, identity
-from hf_distill.taps import tap_last_hidden
+from hf_distill.signals import ModelShape, Projection, Signal, TeacherSignals, identity
+from hf_distill.taps import tap_hidden_states, tap_last_hidden
 from hf_distill.teachers.base import Teacher, class_names
 from hf_distill.teachers.inputs import model_inputs
 from hf_distill.teachers.placement import RemoteHead, place
@@ -45,7 +45,7 @@ class ModelTeacher(Teacher):
         ```
     """
 
-    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS})
+    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES})
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None
@@ -85,9 +85,11 @@ class ModelTeacher(Teacher):
         }
         return {key: value for key, value in facts.items() if value is not None}
 
-    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal]) -> TeacherSignals:
-        if Signal.LOGITS not in needs:
-            return TeacherSignals()
+    def shape(self) -> ModelShape:
+        """Depth and width; see `Teacher.shape`."""
+        return shape_of(self._base, "teacher")
+
+    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: frozenset[int]) -> TeacherSignals:
         home = batch["input_ids"].device
         device = self._device or self._base.get_input_embeddings().weight.device
         if device.type == "meta":  # offloaded: hooks on the modules move the inputs
@@ -96,8 +98,11 @@ class ModelTeacher(Teacher):
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         self.model.eval()  # somebody may have called .train() on a model that is theirs too
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            projection = project(self.model, inputs)
-        return TeacherSignals(logits=_at_home(projection, home))
+            logits, hidden = read_signals(self.model, inputs, layers)
+        return TeacherSignals(
+            logits=_at_home(logits, home) if Signal.LOGITS in needs else None,
+            hidden={layer: states.to(home) for layer, states in hidden.items()},
+        )
 
     def _only_known_tokens(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Check that the teacher knows every token that it reads or judges; padding that it does not know is replaced.
@@ -151,6 +156,15 @@ def public_name(name: str | None) -> str | None:
         return None
     is_path = os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name)
     return os.path.basename(os.path.normpath(name)) if is_path else name
+
+
+def read_signals(
+    model: nn.Module, inputs: Mapping[str, Any], layers: frozenset[int]
+) -> tuple[Projection, dict[int, Tensor]]:
+    """Call a model once: its logits, not yet projected, and the hidden states of some layers."""
+    with tap_hidden_states(model, layers) as tap:
+        logits = project(model, inputs)
+    return logits, tap.states
 
 
 def project(model: nn.Module, inputs: Mapping[str, Any]) -> Projection:

@@ -9,16 +9,18 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_distill.functional import resolve_divergence
+from hf_distill.objectives import HiddenStateObjective
 from hf_distill.objectives.base import check_weight
 
 
 # Lower is better for these, although their names do not end in "loss", which is all that transformers looks at.
 LOWER_IS_BETTER = ("kl", "nll")
+WEIGHTS = ("ce_weight", "kd_weight", "hidden_weight")
 
 
 @dataclass
 class DistillationArguments:
-    """Fields of a distillation run: `loss = ce_weight * CE + kd_weight * T^2 * divergence`.
+    """Fields of a distillation run: `loss = ce_weight * CE + kd_weight * T^2 * divergence + hidden_weight * distance`.
 
     Args:
         teacher_model_name_or_path: The teacher, loaded by the trainer; "base" is a LoRA student's own base model.
@@ -29,6 +31,10 @@ class DistillationArguments:
         temperature: Softens both distributions. 1 is right for language models, whose distributions are peaked.
         divergence: A name of `hf_distill.functional.DIVERGENCES`.
         divergence_kwargs: Arguments of the divergence, as a dict or JSON, for example `{"beta": 0.5}`.
+        hidden_weight: Weight of the distance of hidden states; see `HiddenStateObjective`.
+        hidden_loss: Which distance: cosine, relative_mse, mse, smooth_l1, cka or procrustes.
+        layer_mapping: "uniform", "last_k", "every_nth", or pairs (student, teacher), as a list or JSON.
+        objective_lr_multiplier: Learning rate of projectors, as a multiple of the student's: they start from nothing.
 
     Raises:
         ValueError: A field is out of its range, or asks for something that would be ignored in silence.
@@ -46,18 +52,28 @@ class DistillationArguments:
     divergence_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of the divergence, as JSON."}
     )
+    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the distance of hidden states."})
+    hidden_loss: str = field(default="cosine", metadata={"help": "Distance of hidden states."})
+    layer_mapping: Any = field(
+        default="uniform", metadata={"help": "'uniform', 'last_k', 'every_nth', or pairs (student, teacher) as JSON."}
+    )
+    objective_lr_multiplier: float = field(
+        default=10.0, metadata={"help": "Learning rate of projectors, as a multiple of the student's."}
+    )
 
     def __post_init__(self) -> None:
         kwargs = self.divergence_kwargs
         self.divergence_kwargs = kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
-        weights = check_weight("ce_weight", self.ce_weight), check_weight("kd_weight", self.kd_weight)
-        if sum(weights) == 0:
-            raise ValueError(
-                "`ce_weight` and `kd_weight` are both 0, so nothing is trained; set one, e.g. `kd_weight=0.5`."
-            )
+        if sum(check_weight(name, getattr(self, name)) for name in WEIGHTS) == 0:
+            names = ", ".join(f"`{name}`" for name in WEIGHTS)
+            raise ValueError(f"{names} are all 0, so nothing is trained; set one, e.g. `kd_weight=0.5`.")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` is {self.temperature}; expected a number > 0, e.g. `temperature=1.0`.")
         resolve_divergence(self.divergence, kwargs)
+        if isinstance(self.layer_mapping, str) and self.layer_mapping.startswith("["):
+            self.layer_mapping = json.loads(self.layer_mapping)
+        HiddenStateObjective(loss=self.hidden_loss, layer_mapping=self.layer_mapping)  # checks both
+        check_weight("objective_lr_multiplier", self.objective_lr_multiplier)
         self._check_trainer_fields()
         super().__post_init__()  # type: ignore[misc] # the other base is a TrainingArguments
 

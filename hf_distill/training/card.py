@@ -10,6 +10,11 @@ from typing import Any
 from hf_distill.anatomy import unwrap
 from hf_distill.cards import Dataset, DistillationCard, Loss, installed_versions, render_card
 from hf_distill.functional import DIVERGENCES
+from hf_distill.objectives import LogitObjective
+
+
+# What a card says of an objective in columns of their own.
+NOT_SETTINGS = ("objective", "weight", "divergence")
 
 
 def trainer_card(
@@ -68,8 +73,13 @@ def write_card(card: DistillationCard, folder: str | Path) -> Path:
 def _losses(trainer: Any) -> list[Loss]:
     losses = [Loss("cross-entropy", trainer.args.ce_weight)] if trainer.args.ce_weight > 0 else []
     for objective in trainer.objectives:
-        settings = {"temperature": objective.temperature, **objective.divergence_kwargs}
-        losses.append(Loss(objective.divergence, objective.weight, settings, DIVERGENCES[objective.divergence].paper))
+        settings = {key: value for key, value in objective.config().items() if key not in NOT_SETTINGS}
+        if isinstance(objective, LogitObjective):
+            losses.append(
+                Loss(objective.divergence, objective.weight, settings, DIVERGENCES[objective.divergence].paper)
+            )
+        else:
+            losses.append(Loss(objective.name, objective.weight, settings, objective.citation or None))
     return losses
 
 

@@ -5,20 +5,29 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_distill.anatomy import describe, resolve_head, task_of, unwrap
+from hf_distill.anatomy import describe, resolve_head, shape_of, task_of, unwrap
 from hf_distill.evaluation import Benchmark, RetentionReport, evaluate_retention
-from hf_distill.functional import LinearLossOutput
-from hf_distill.objectives import LogitObjective, Objective, check_logit_objectives, logit_loss
+from hf_distill.functional import LinearLossOutput, reduce_sum
+from hf_distill.objectives import LogitObjective, Objective, logit_loss
 from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
-from hf_distill.signals import Projection, StudentSignals, Targets, TeacherSignals, identity
-from hf_distill.taps import tap_last_hidden
+from hf_distill.signals import (
+    Projection,
+    Signal,
+    StudentSignals,
+    Targets,
+    TeacherSignals,
+    Tokens,
+    identity,
+    rows_of,
+)
+from hf_distill.taps import tap_hidden_states, tap_last_hidden
 from hf_distill.teachers import (
     AdapterDisabledTeacher,
     ModelTeacher,
@@ -32,6 +41,8 @@ from hf_distill.teachers import (
 from hf_distill.training.card import trainer_card, write_card
 from hf_distill.training.checks import check_columns, check_needs, check_teacher_argument
 from hf_distill.training.metrics import MetricWindow
+from hf_distill.training.parameters import ObjectiveParametersMixin
+from hf_distill.training.terms import FeatureTerms, build_objectives
 
 
 if TYPE_CHECKING:
@@ -54,7 +65,7 @@ class Distilled:
     logits: Projection
 
 
-class DistillationMixin(Base):
+class DistillationMixin(ObjectiveParametersMixin, Base):
     """Adds a teacher to a `transformers.Trainer`.
 
     The wrapped student is called as usual, once, without its vocabulary projection; the loss projects the labelled
@@ -64,7 +75,7 @@ class DistillationMixin(Base):
         model: The student: a name or a model.
         args: A config with the fields of `DistillationArguments`.
         teacher_model: A name, "base", a `PreTrainedModel` or a `Teacher`; the config can name it instead.
-        objectives: Replaces the divergence that the config's flags build. `ce_weight` stays.
+        objectives: Replaces the terms that the config's flags build. `ce_weight` stays.
         **kwargs: Arguments of the trainer.
 
     Raises:
@@ -84,7 +95,9 @@ class DistillationMixin(Base):
         **kwargs: Any,
     ) -> None:
         teacher_source = check_teacher_argument(teacher_model, args)
-        self.objectives = self._build_objectives(args, objectives)
+        self.objectives = build_objectives(args, objectives)
+        self._logit_objectives = [term for term in self.objectives if isinstance(term, LogitObjective)]
+        self._features = FeatureTerms(self.objectives)
         super().__init__(model=self._prepare_student(model, args), args=args, **kwargs)
         self._check_runtime()
         self.task = task_of(self.model)
@@ -94,6 +107,8 @@ class DistillationMixin(Base):
         prepare_quantized_student(self.model)
         self.teacher = self._build_teacher(teacher_source)
         check_needs(self.objectives, self.teacher)
+        if len(self._logit_objectives) < len(self.objectives):
+            self._set_up_features(shape_of(self.model, "student"), self.teacher.shape())
         self.teacher.prepare(self.accelerator)
         takes_token_types = TOKEN_TYPES in inspect.signature(unwrap(self.model).forward).parameters
         self._not_for_student = TARGET_KEYS if takes_token_types else (*TARGET_KEYS, TOKEN_TYPES)
@@ -107,28 +122,6 @@ class DistillationMixin(Base):
     def _prepare_student(self, model: str | PreTrainedModel | nn.Module, args: Any) -> Any:
         """Make what the base trainer is given as its model; it is called when the arguments have been checked."""
         return model
-
-    def _build_objectives(self, args: Any, objectives: Sequence[Objective] | None) -> list[LogitObjective]:
-        if objectives is None:
-            if args.kd_weight == 0:
-                return []
-            objectives = [
-                LogitObjective(
-                    args.kd_weight,
-                    divergence=args.divergence,
-                    temperature=args.temperature,
-                    divergence_kwargs=args.divergence_kwargs,
-                )
-            ]
-        unknown = [type(objective).__name__ for objective in objectives if not isinstance(objective, LogitObjective)]
-        if unknown:
-            raise ValueError(
-                f"`objectives` holds {unknown}; expected objectives of hf_distill, e.g. `LogitObjective(0.5)`."
-            )
-        check_logit_objectives(objectives)
-        if args.ce_weight + sum(objective.weight for objective in objectives) == 0:
-            raise ValueError("`ce_weight` and all weights of `objectives` are 0, so nothing is trained; set one > 0.")
-        return list(objectives)
 
     def _build_teacher(self, source: str | PreTrainedModel | Teacher) -> Teacher:
         """Load or wrap the teacher, and check that it fits the student."""
@@ -172,7 +165,8 @@ class DistillationMixin(Base):
     def _term_weights(self) -> dict[str, float]:
         """The weight of every term of the loss by name, cross-entropy first."""
         weights = {"ce": self.args.ce_weight} if self.args.ce_weight > 0 else {}
-        return weights | {objective.divergence: objective.weight for objective in self.objectives}
+        logits = {objective.divergence: objective.weight for objective in self._logit_objectives}
+        return weights | logits | self._features.weights
 
     def _distill(self, model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> Distilled:
         """Run teacher and student on one batch and compute the loss."""
@@ -184,12 +178,34 @@ class DistillationMixin(Base):
         targets = Targets.from_labels(inputs["labels"], shift=self.task == "causal_lm")
         self._warn_if_unlabelled(targets)
         # The teacher comes first, so that its activations are gone when the student's graph is built.
-        teacher = self._teacher_signals(inputs, targets, training=model.training)
-        outputs, logits = self._student_forward(model, inputs)
-        student = StudentSignals(logits.at(targets.index), targets.labels)
+        tokens = None
+        if self._features.weights:
+            tokens = Tokens.of(targets, inputs, per_row=self.task == "sequence_classification")
+        teacher = self._teacher_signals(inputs, targets, tokens, training=model.training)
+        with tap_hidden_states(model, self._features.student_layers) as tap:
+            outputs, logits = self._student_forward(model, inputs)
+        hidden = {layer: rows_of(states, tokens.index) for layer, states in tap.states.items() if tokens}
+        student = StudentSignals(logits.at(targets.index), targets.labels, hidden, tokens)
         with self.accelerator.autocast():
-            result = logit_loss(self.objectives, self.args.ce_weight, student, teacher, denominator=num_items)
+            result = logit_loss(self._logit_objectives, self.args.ce_weight, student, teacher, denominator=num_items)
+        result = self._add_features(result, student, teacher, num_items)
         return Distilled(result.loss + self._router_loss(outputs, result.count, num_items), result, outputs, logits)
+
+    def _add_features(
+        self,
+        result: LinearLossOutput,
+        student: StudentSignals,
+        teacher: TeacherSignals | None,
+        num_items: Tensor | int | None,
+    ) -> LinearLossOutput:
+        """Add the terms that look inside both models."""
+        if teacher is None or not self._features.weights:
+            return result
+        loss, parts = result.loss, dict(result.parts)
+        for name, total in self._feature_sums(student, teacher).items():
+            loss = loss + self._features.weights[name] * reduce_sum(total, num_items, result.count)
+            parts[name] = total.detach()
+        return replace(result, loss=loss, parts=parts)
 
     def _router_loss(self, outputs: Any, count: Tensor, num_items: Tensor | int | None) -> Tensor | float:
         """The load-balancing loss of a mixture of experts whose config sets `output_router_logits`.
@@ -223,16 +239,16 @@ class DistillationMixin(Base):
             outputs = model(**features)
         return outputs, Projection(tap.hidden, resolve_head(model))
 
-    def _teacher_signals(self, inputs: Mapping[str, Any], targets: Targets, training: bool) -> TeacherSignals | None:
+    def _teacher_signals(
+        self, inputs: Mapping[str, Any], targets: Targets, tokens: Tokens | None, training: bool
+    ) -> TeacherSignals | None:
         """Run the teacher where an objective or, in evaluation, a monitor needs it."""
-        needs = (
-            frozenset().union(*(objective.needs for objective in self.objectives))
-            if training
-            else self.teacher.provides
-        )
+        needs = frozenset().union(*(objective.needs for objective in self.objectives))
+        if not training:
+            needs |= self.teacher.provides & {Signal.LOGITS}
         if not needs:
             return None
-        return self.teacher.signals(inputs, needs).at(targets.index)
+        return self.teacher.signals(inputs, needs, self._features.teacher_layers).at(targets, tokens)
 
     def compute_loss(
         self,

@@ -29,15 +29,20 @@ COMMON = {
 }
 
 
-def make_models(tied: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
+# Hidden states are compared too, through projectors: the teacher of such a run is wider than the student.
+HIDDEN = {"hidden_weight": 0.3, "hidden_loss": "mse", "objective_lr_multiplier": 0.5}
+
+
+def make_models(tied: bool = False, wide_teacher: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The student and the teacher of a run; `tied` makes one weight of head and embedding."""
     config = {"tie_word_embeddings": tied}
-    return tiny.model("llama", layers=1, seed=0, **config), tiny.model("llama", layers=2, seed=1, **config)
+    wide = {"hidden_size": 48} if wide_teacher else {}
+    return tiny.model("llama", layers=1, seed=0, **config), tiny.model("llama", layers=2, seed=1, **config, **wide)
 
 
 def make_trainer(kind: str, output_dir: Path, *, lora: bool = False, rows: int = 16, models=None, **config):
     """Build a tiny `KDTrainer` ("kd") or `KDSFTTrainer` ("sft"); `config` overrides its fields."""
-    student, teacher = models or make_models()
+    student, teacher = models or make_models(wide_teacher="hidden_weight" in config)
     peft_config = LoraConfig(**LORA) if lora else None
     settings = COMMON | {"output_dir": str(output_dir)} | config
     tokenizer = tiny.tokenizer()
@@ -68,9 +73,11 @@ def make_trainer(kind: str, output_dir: Path, *, lora: bool = False, rows: int =
 
 
 def trained(trainer) -> dict[str, torch.Tensor]:
-    """The trained weights by name."""
+    """The trained weights by name, those of objectives included."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    owned = {f"objective.{name}": value for name, value in trainer._features.named_parameters()}
+    weights = dict(model.named_parameters()) | owned
+    return {name: value.detach().clone() for name, value in weights.items() if value.requires_grad}
 
 
 def logged(trainer, key: str) -> list[float]:
@@ -81,8 +88,8 @@ def logged(trainer, key: str) -> list[float]:
 def main() -> None:
     """Train and evaluate every kind on the ranks that the launcher started; rank 0 saves what came out."""
     folder, settings, kinds = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-    for name, (kind, lora) in kinds.items():
-        trainer = make_trainer(kind, folder / "run", lora=lora, **settings)
+    for name, kind in kinds.items():
+        trainer = make_trainer(output_dir=folder / "run", **kind, **settings)
         trainer.train()
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():

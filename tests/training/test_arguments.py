@@ -13,7 +13,7 @@ from hf_distill import KDConfig, KDSFTConfig
         ({"divergence": "jsd", "divergence_kwargs": '{"gamma": 1}'}, "gamma"),
         ({"ce_weight": -0.1}, "ce_weight"),
         ({"kd_weight": float("nan")}, "kd_weight"),
-        ({"ce_weight": 0, "kd_weight": 0}, "both 0"),
+        ({"ce_weight": 0, "kd_weight": 0}, "all 0"),
         ({"temperature": 0}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),

@@ -10,11 +10,17 @@ import sys
 import pytest
 import torch
 
-from tests.training.runs import logged, make_trainer, trained
+from tests.training.runs import HIDDEN, logged, make_trainer, trained
 
 
-KINDS = [("kd", False), ("kd", True), ("sft", False), ("sft", True)]
-KIND_IDS = ["KDTrainer", "KDTrainer-LoRA", "KDSFTTrainer", "KDSFTTrainer-LoRA"]
+KINDS = {
+    "KDTrainer": {"kind": "kd"},
+    "KDTrainer-LoRA": {"kind": "kd", "lora": True},
+    "KDTrainer-projectors": {"kind": "kd", **HIDDEN},
+    "KDSFTTrainer": {"kind": "sft"},
+    "KDSFTTrainer-LoRA": {"kind": "sft", "lora": True},
+    "KDSFTTrainer-LoRA-projectors": {"kind": "sft", "lora": True, **HIDDEN},
+}
 KEYS = ["loss", "ce_loss", "forward_kl_loss", "student_nll", "teacher_nll", "top1_agreement", "kl"]
 
 
@@ -24,20 +30,25 @@ def assert_same_weights(weights, reference) -> None:
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "lora"), KINDS, ids=KIND_IDS)
-def test_the_cut_of_the_batch_changes_neither_losses_nor_student(kind, lora, tmp_path):
+def keys_of(name: str) -> list[str]:
+    return KEYS + ["hidden_loss"] * ("projectors" in name)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_cut_of_the_batch_changes_neither_losses_nor_student(name, tmp_path):
     runs = []
     for size, steps in [(8, 1), (2, 4), (1, 8)]:
-        trainer = make_trainer(
-            kind, tmp_path, lora=lora, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2
-        )
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = make_trainer(output_dir=tmp_path, **KINDS[name], **cut, max_steps=2)
         before = trained(trainer)
         trainer.train()
         after = trained(trainer)
-        assert any((before[name] - after[name]).abs().max() > 1e-4 for name in before)
-        runs.append(({key: logged(trainer, key) for key in KEYS}, after))
+        moved = {key for key in before if (before[key] - after[key]).abs().max() > 1e-4}
+        assert moved
+        assert all(key in moved for key in before if key.startswith("objective."))
+        runs.append(({key: logged(trainer, key) for key in keys_of(name)}, after))
     for losses, weights in runs[1:]:
-        for key in KEYS:
+        for key in keys_of(name):
             assert losses[key] == pytest.approx(runs[0][0][key], rel=1e-5, abs=1e-5), key
         assert_same_weights(weights, runs[0][1])
 
@@ -58,25 +69,23 @@ def two_ranks(tmp_path_factory):
         "1",
     ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    kinds = dict(zip(KIND_IDS, KINDS, strict=True))
-    script = ["-m", "tests.training.runs", str(folder), json.dumps(settings), json.dumps(kinds)]
+    script = ["-m", "tests.training.runs", str(folder), json.dumps(settings), json.dumps(KINDS)]
     subprocess.run([*launch, *script], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return {name: torch.load(folder / f"{name}.pt") for name in KIND_IDS}
+    return {name: torch.load(folder / f"{name}.pt") for name in KINDS}
 
 
-@pytest.mark.parametrize(("kind", "lora", "name"), [(*k, name) for k, name in zip(KINDS, KIND_IDS, strict=True)])
-def test_two_ranks_train_and_evaluate_as_one(kind, lora, name, two_ranks, tmp_path):
+@pytest.mark.parametrize("name", KINDS)
+def test_two_ranks_train_and_evaluate_as_one(name, two_ranks, tmp_path):
     report = two_ranks[name]["report"]
     assert report["world"] == 2
-    one = make_trainer(
-        kind, tmp_path, lora=lora, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2
-    )
+    cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    one = make_trainer(output_dir=tmp_path, **KINDS[name], **cut, max_steps=2)
     one.train()
-    for key in KEYS:
+    for key in keys_of(name):
         values = [entry[key] for entry in report["history"] if key in entry]
         assert values == pytest.approx(logged(one, key), rel=1e-5, abs=1e-5), key
     assert_same_weights(two_ranks[name]["weights"], trained(one))
     # Five rows on two ranks: the sampler repeats some, and none may be counted twice.
     expected = one.evaluate()
-    for key in KEYS:
+    for key in keys_of(name):
         assert report["eval"][f"eval_{key}"] == pytest.approx(expected[f"eval_{key}"], rel=1e-5, abs=1e-5), key

@@ -1,0 +1,96 @@
+"""The objectives of a run: made from the config's flags or from a list, and evaluated together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.objectives import (
+    FeatureObjective,
+    HiddenStateObjective,
+    LogitObjective,
+    Objective,
+    check_logit_objectives,
+)
+from hf_distill.signals import ModelShape, StudentSignals, TeacherSignals
+
+
+def build_objectives(args: Any, objectives: Sequence[Objective] | None) -> list[Objective]:
+    """Return the objectives that were given, checked, or make those that the config's flags ask for.
+
+    Args:
+        args: A config with the fields of `DistillationArguments`.
+        objectives: What the user passed; None takes the flags.
+
+    Raises:
+        ValueError: Something is no objective, two cannot be computed together, or nothing would be trained.
+    """
+    if objectives is None:
+        objectives = _from_flags(args)
+    known = LogitObjective | FeatureObjective
+    unknown = [type(objective).__name__ for objective in objectives if not isinstance(objective, known)]
+    if unknown:
+        raise ValueError(
+            f"`objectives` holds {unknown}; expected objectives of hf_distill, e.g. `LogitObjective(0.5)`."
+        )
+    check_logit_objectives([objective for objective in objectives if isinstance(objective, LogitObjective)])
+    if args.ce_weight + sum(objective.weight for objective in objectives) == 0:
+        raise ValueError("`ce_weight` and all weights of `objectives` are 0, so nothing is trained; set one > 0.")
+    return list(objectives)
+
+
+def _from_flags(args: Any) -> list[Objective]:
+    objectives: list[Objective] = []
+    if args.kd_weight > 0:
+        settings = {"temperature": args.temperature, "divergence_kwargs": args.divergence_kwargs}
+        objectives.append(LogitObjective(args.kd_weight, divergence=args.divergence, **settings))
+    if args.hidden_weight > 0:
+        objectives.append(
+            HiddenStateObjective(args.hidden_weight, loss=args.hidden_loss, layer_mapping=args.layer_mapping)
+        )
+    return objectives
+
+
+class FeatureTerms(nn.Module):
+    """The objectives that look inside both models, evaluated in one call so that DDP sees all of their parameters.
+
+    Args:
+        objectives: Those of a run; the others are left to `logit_loss`.
+    """
+
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        super().__init__()
+        features = [objective for objective in objectives if isinstance(objective, FeatureObjective)]
+        self.objectives = nn.ModuleList(features)
+        seen: Counter[str] = Counter()
+        self.weights: dict[str, float] = {}
+        for objective in features:
+            seen[objective.name] += 1
+            number = seen[objective.name]
+            self.weights[objective.name if number == 1 else f"{objective.name}_{number}"] = objective.weight
+
+    @property
+    def student_layers(self) -> frozenset[int]:
+        """Layers of the student whose hidden states are needed."""
+        return frozenset().union(*(objective.student_layers for objective in self._features()))
+
+    @property
+    def teacher_layers(self) -> frozenset[int]:
+        """Layers of the teacher whose hidden states are needed."""
+        return frozenset().union(*(objective.teacher_layers for objective in self._features()))
+
+    def bind(self, student: ModelShape, teacher: ModelShape) -> None:
+        """Let every objective choose its layers and build its parameters."""
+        for objective in self._features():
+            objective.bind(student, teacher)
+
+    def forward(self, student: StudentSignals, teacher: TeacherSignals) -> Tensor:
+        """The sums over labels of all terms, `[K]`, in the order of `weights`."""
+        return torch.stack([objective(student, teacher) for objective in self._features()])
+
+    def _features(self) -> list[FeatureObjective]:
+        return list(self.objectives)  # type: ignore[arg-type] # what __init__ put there

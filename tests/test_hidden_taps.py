@@ -1,0 +1,141 @@
+"""Taps of hidden states between layers; those of the last one, before the head, are in test_taps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from hf_distill.anatomy import describe
+from hf_distill.taps import tap_hidden_states, tap_last_hidden
+from tests import tiny
+from tests.processes import run_on_two_ranks
+from tests.test_taps import IDS, assert_same_gradients, gradients, hooks, shard
+
+
+def loss_of(states: dict[int, torch.Tensor]) -> torch.Tensor:
+    """A sum that every element of every layer enters with a weight of its own."""
+    return sum((layer + 1) * (state.float() ** 3).mean() for layer, state in states.items())
+
+
+def tapped_loss(model, layers, ids=IDS) -> torch.Tensor:
+    with tap_hidden_states(model, layers) as tap:
+        model(input_ids=ids)
+    return loss_of(tap.states)
+
+
+def plain_gradients(model, layers) -> dict[str, torch.Tensor]:
+    twin = copy.deepcopy(model)
+    states = twin(input_ids=IDS, output_hidden_states=True).hidden_states
+    loss_of({layer: states[layer] for layer in layers}).backward()
+    return gradients(twin)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_tapped_states_are_those_that_transformers_returns_and_the_model_stays_as_it_was(family):
+    model = tiny.model(family, layers=3)
+    with torch.no_grad():
+        expected = model(input_ids=IDS, output_hidden_states=True).hidden_states
+        before, modules = hooks(model), dict(model.named_modules())  # transformers leaves hooks of its own
+        with tap_hidden_states(model, range(4)) as tap:
+            model(input_ids=IDS)
+    assert tap.states.keys() == {0, 1, 2, 3}
+    for layer, states in tap.states.items():
+        torch.testing.assert_close(states, expected[layer], atol=1e-6, rtol=0)
+    assert (hooks(model), dict(model.named_modules())) == (before, modules)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bert"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_returned_states(family, checkpointing):
+    model = tiny.model(family, layers=3)
+    for module in model.modules():  # in training mode, which checkpointing needs, nothing may be random
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.attention_dropout = 0.0
+    expected = plain_gradients(model, [1, 3])
+    if checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+    tapped_loss(model, [1, 3]).backward()
+    assert_same_gradients(gradients(model), expected)
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = tiny.model("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="'use_reentrant': False"), tap_hidden_states(model, [1]):
+        pass
+    with tap_hidden_states(model.eval(), [1]) as tap:  # nothing is checkpointed in evaluation
+        model(input_ids=IDS)
+    assert tap.states[1].shape == (2, 7, 32)
+
+
+def test_an_adapted_model_and_the_last_hidden_state_can_be_tapped_at_once():
+    model = get_peft_model(tiny.model("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    with tap_hidden_states(model, [2]) as states, tap_last_hidden(model) as last:
+        model(input_ids=IDS)
+    assert torch.equal(states.states[2], last.hidden)
+
+
+def test_a_compiled_model_can_be_tapped_again_and_again():
+    model = tiny.model("llama")
+    compiled = torch.compile(model, backend="eager")
+    for seed in range(2):
+        ids = torch.randint(5, 300, (2, 7), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            with tap_hidden_states(compiled, [0, 1]) as tap:
+                compiled(input_ids=ids)
+            expected = model(input_ids=ids, output_hidden_states=True).hidden_states
+        for layer in (0, 1):
+            torch.testing.assert_close(tap.states[layer], expected[layer], atol=1e-5, rtol=0)
+
+
+def test_hooks_are_removed_after_an_exception_and_the_layers_can_be_tapped_again():
+    model = tiny.model("llama")
+    before = hooks(model)
+    with pytest.raises(KeyError), tap_hidden_states(model, [0, 1]):
+        raise KeyError
+    assert hooks(model) == before
+    tapped_loss(model, [0, 1])
+
+
+def test_misuse_is_answered():
+    model = tiny.model("llama")
+    with pytest.raises(ValueError, match="from 0 to 2"), tap_hidden_states(model, [3]):
+        pass
+    with tap_hidden_states(model, [1]) as tap:
+        with pytest.raises(RuntimeError, match="call the model"):
+            _ = tap.states
+        with pytest.raises(RuntimeError, match="already"), tap_hidden_states(model, [2, 1]):
+            pass
+        model(input_ids=IDS)
+        with pytest.raises(RuntimeError, match="twice"):
+            model(input_ids=IDS)
+    assert hooks(model) == 0
+
+
+def compare_to_one_process(rank: int) -> None:
+    model = tiny.model("llama", layers=3)
+    expected = plain_gradients(model, [1, 3])
+    shard(model, "accelerate", tied=False)
+    for _ in range(2):
+        model.zero_grad()
+        with tap_hidden_states(model, [1, 3]) as tap, tap_last_hidden(model) as last:
+            model(input_ids=IDS[rank : rank + 1])  # as many tokens on both ranks: the mean of the means
+        (loss_of(tap.states) + last.hidden[:0].sum()).backward()
+    found = {
+        name: parameter.grad.full_tensor()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and name in expected
+    }
+    assert_same_gradients(found, expected)
+    assert describe(model).num_layers == 3
+
+
+def test_two_fsdp2_ranks_get_the_gradients_of_one_process(tmp_path):
+    run_on_two_ranks(compare_to_one_process, tmp_path)
