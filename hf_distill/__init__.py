@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from hf_distill.objectives import HiddenStateObjective, LogitObjective
     from hf_distill.teachers import ModelTeacher, load_teacher
     from hf_distill.training.arguments import KDConfig
+    from hf_distill.training.callback import DistillationCallback
     from hf_distill.training.sft import KDSFTConfig, KDSFTTrainer
     from hf_distill.training.trainer import KDTrainer
 
 __version__ = version("hf-distill")
 
 __all__ = [
+    "DistillationCallback",
     "HiddenStateObjective",
     "KDConfig",
     "KDSFTConfig",
@@ -32,6 +34,7 @@ __all__ = [
 
 # Public name -> the module that defines it, imported when the name is first used.
 _MODULES = {
+    "DistillationCallback": "hf_distill.training.callback",
     "HiddenStateObjective": "hf_distill.objectives",
     "KDConfig": "hf_distill.training.arguments",
     "KDSFTConfig": "hf_distill.training.sft",

@@ -19,6 +19,7 @@ class LastHiddenTap:
 
     def __init__(self) -> None:
         self._hidden: Tensor | None = None
+        self._grad_mode = torch.is_grad_enabled()
 
     @property
     def hidden(self) -> Tensor:
@@ -30,6 +31,10 @@ class LastHiddenTap:
         if self._hidden is None:
             raise RuntimeError("The tap is empty: call the model inside `with tap_last_hidden(model) as tap:` first.")
         return self._hidden
+
+    def _hears(self) -> bool:
+        """False for a pass without gradient inside a tap for training: a reference model's, for example."""
+        return torch.is_grad_enabled() == self._grad_mode
 
     def _record(self, hidden: Tensor) -> None:
         if self._hidden is not None:
@@ -71,7 +76,7 @@ _open_taps: WeakKeyDictionary[nn.Module, LastHiddenTap] = WeakKeyDictionary()
 @torch.compiler.disable
 def _divert(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     tap = _open_taps.get(head)
-    if tap is None:
+    if tap is None or not tap._hears():
         return None
     hidden, *rest = args
     tap._record(hidden)
@@ -113,12 +118,48 @@ def tap_last_hidden(model: nn.Module) -> Iterator[LastHiddenTap]:
             handle.remove()
 
 
+@contextmanager
+def tap_head_input(model: nn.Module) -> Iterator[LastHiddenTap]:
+    """Record what would enter a language model's head in its next forward call, and change nothing.
+
+    Unlike `tap_last_hidden` it leaves the logits, or a loss that is computed from the head's weight, to the caller.
+    Passes without gradient are not recorded where the tap is opened with gradient.
+
+    Args:
+        model: A causal or masked language model, wrapped or not.
+
+    Raises:
+        ValueError: The model has no head.
+        RuntimeError: The model runs more than once inside the context.
+    """
+    parts, tap = describe(model), LastHiddenTap()
+
+    def of_decoder(module: nn.Module, args: Any, output: Any) -> None:
+        if tap._hears():
+            tap._record(output[0])
+
+    def of_head(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if tap._hears():
+            tap._record(args[0])
+
+    # A causal model's head may be read as a weight instead of being called; an encoder's has a transform before it.
+    if parts.task == "causal_lm":
+        handle = parts.decoder.register_forward_hook(of_decoder)
+    else:
+        handle = output_head(model).register_forward_pre_hook(of_head)
+    try:
+        yield tap
+    finally:
+        handle.remove()
+
+
 class HiddenStatesTap:
     """Hidden states of one forward call, by layer."""
 
     def __init__(self, layers: Collection[int]) -> None:
         self._layers = frozenset(layers)
         self._states: dict[int, Tensor] = {}
+        self._grad_mode = torch.is_grad_enabled()
 
     @property
     def states(self) -> dict[int, Tensor]:
@@ -135,6 +176,8 @@ class HiddenStatesTap:
         return self._states
 
     def _record(self, layer: int, states: Any) -> None:
+        if torch.is_grad_enabled() != self._grad_mode:
+            return  # a reference model's pass, for example
         if layer in self._states:
             raise RuntimeError("The model ran twice inside one `tap_hidden_states`: open a tap for each forward call.")
         self._states[layer] = states if isinstance(states, Tensor) else states[0]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hf_distill.anatomy import describe
-from hf_distill.taps import tap_hidden_states, tap_last_hidden
+from hf_distill.anatomy import describe, resolve_head
+from hf_distill.taps import tap_head_input, tap_hidden_states, tap_last_hidden
 from tests import tiny
 from tests.processes import run_on_two_ranks
 from tests.test_taps import IDS, assert_same_gradients, gradients, hooks, shard
@@ -139,3 +139,23 @@ def compare_to_one_process(rank: int) -> None:
 
 def test_two_fsdp2_ranks_get_the_gradients_of_one_process(tmp_path):
     run_on_two_ranks(compare_to_one_process, tmp_path)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_heads_input_is_heard_and_the_logits_stay(family):
+    model = tiny.model(family)
+    before = hooks(model)
+    with tap_head_input(model) as tap:
+        logits = model(input_ids=IDS).logits
+    torch.testing.assert_close(resolve_head(model)(tap.hidden), logits, atol=1e-5, rtol=1e-5)
+    assert hooks(model) == before
+
+
+def test_passes_without_gradient_are_not_heard_by_a_tap_for_training():
+    model = tiny.model("llama")
+    with tap_head_input(model) as head, tap_hidden_states(model, [1]) as states:
+        model(input_ids=IDS)
+        with torch.no_grad():
+            model(input_ids=IDS.flip(0))
+    assert head.hidden.requires_grad
+    assert states.states[1].requires_grad

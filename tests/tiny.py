@@ -148,6 +148,14 @@ def messages_dataset(rows: int = 8) -> Dataset:
     )
 
 
+def preference_dataset(rows: int = 8) -> Dataset:
+    """`prompt`, `chosen` and `rejected` columns."""
+    columns = {"prompt": 0, "chosen": 2, "rejected": 3}
+    return Dataset.from_dict(
+        {name: [SENTENCES[(i + shift) % len(SENTENCES)] for i in range(rows)] for name, shift in columns.items()}
+    )
+
+
 def prompt_completion_dataset(rows: int = 8) -> Dataset:
     """`prompt` and `completion` columns."""
     return Dataset.from_dict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -80,7 +81,7 @@ def logit_loss(
 ) -> LinearLossOutput:
     """Compute cross-entropy on the labels and all logit objectives in one pass.
 
-    Without any of them the loss is a zero that reaches the student's hidden states, and only monitors are computed.
+    Where all weights are 0 the loss is a zero that reaches the student's hidden states, and no gradient is computed.
 
     Args:
         objectives: Terms that share one temperature; none is allowed, then only cross-entropy is computed.
@@ -93,27 +94,29 @@ def logit_loss(
         The loss, the sum of each term, and the sums of the monitors that the signals allow.
     """
     check_weight("ce_weight", ce_weight)
-    terms: dict[str, float | tuple[float, Mapping[str, float]]] = {}
+    terms: dict[str, tuple[float, Mapping[str, float]]] = {}
     if ce_weight > 0:
-        terms["ce"] = ce_weight
+        terms["ce"] = (ce_weight, {})
     for objective in objectives:
         terms[objective.divergence] = (objective.weight, objective.divergence_kwargs)
     projection = None if teacher is None else teacher.logits
-    if not terms:
-        with torch.no_grad():
-            monitors = logit_loss([], 1.0, student, teacher)
-        return replace(monitors, loss=student.logits.hidden[:0].sum(dtype=torch.float32), parts={})
-    return linear_distillation_loss(
+    compute = partial(
+        linear_distillation_loss,
         student.logits.hidden,
         student.logits.head,
         student.labels,
         teacher_hidden=None if projection is None else projection.hidden,
         teacher_head=None if projection is None else projection.head,
-        terms=terms,
         temperature=objectives[0].temperature if objectives else 1.0,
         denominator=denominator,
         metrics=STUDENT_MONITORS if projection is None else STUDENT_MONITORS + TEACHER_MONITORS,
     )
+    if any(weight for weight, _ in terms.values()):
+        return compute(terms=terms)
+    with torch.no_grad():
+        watched = compute(terms={name: (1.0, kwargs) for name, (_, kwargs) in terms.items()} or {"ce": 1.0})
+    parts = {name: watched.parts[name] for name in terms}
+    return replace(watched, loss=student.logits.hidden[:0].sum(dtype=torch.float32), parts=parts)
 
 
 def check_logit_objectives(objectives: Sequence[LogitObjective]) -> None:

@@ -78,6 +78,22 @@ def check_needs(objectives: Iterable[Objective], teacher: Teacher) -> None:
             )
 
 
+def check_parallelism(trainer: Any) -> None:
+    """Refuse the ways of running in which one process does not see whole rows of one model.
+
+    Raises:
+        ValueError: The run uses nn.DataParallel, or splits sequences over ranks.
+    """
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            "Several GPUs are visible to one process, which Trainer answers with nn.DataParallel; start the "
+            "script with `accelerate launch` instead, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError("Context and sequence parallelism split the labels; use DDP, FSDP2 or ZeRO instead.")
+
+
 def check_columns(dataset: Any, kept: Sequence[str], what: str) -> None:
     """Refuse a dataset whose numbers the collator would drop without a word.
 

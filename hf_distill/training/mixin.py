@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_distill.anatomy import describe, resolve_head, shape_of, task_of, unwrap
+from hf_distill.anatomy import resolve_head, shape_of, task_of, unwrap
 from hf_distill.evaluation import Benchmark, RetentionReport, evaluate_retention
 from hf_distill.functional import LinearLossOutput, reduce_sum
 from hf_distill.objectives import LogitObjective, Objective, logit_loss
@@ -28,20 +28,12 @@ from hf_distill.signals import (
     rows_of,
 )
 from hf_distill.taps import tap_hidden_states, tap_last_hidden
-from hf_distill.teachers import (
-    AdapterDisabledTeacher,
-    ModelTeacher,
-    Teacher,
-    check_not_student,
-    check_same_task,
-    check_vocabularies,
-    load_teacher,
-    prepare_quantized_student,
-)
+from hf_distill.teachers import Teacher, prepare_quantized_student
 from hf_distill.training.card import trainer_card, write_card
-from hf_distill.training.checks import check_columns, check_needs, check_teacher_argument
+from hf_distill.training.checks import check_columns, check_needs, check_parallelism, check_teacher_argument
 from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
+from hf_distill.training.teacher import build_teacher
 from hf_distill.training.terms import FeatureTerms, build_objectives
 
 
@@ -98,6 +90,7 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         self.objectives = build_objectives(args, objectives)
         self._logit_objectives = [term for term in self.objectives if isinstance(term, LogitObjective)]
         self._features = FeatureTerms(self.objectives)
+        self._objective_lr_multiplier = args.objective_lr_multiplier
         super().__init__(model=self._prepare_student(model, args), args=args, **kwargs)
         self._check_runtime()
         self.task = task_of(self.model)
@@ -105,7 +98,13 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = self.task == "causal_lm"
         prepare_quantized_student(self.model)
-        self.teacher = self._build_teacher(teacher_source)
+        self.teacher = build_teacher(
+            teacher_source,
+            self.model,
+            self.processing_class,
+            quantization=self.args.teacher_quantization,
+            dtype=self.args.teacher_dtype,
+        )
         check_needs(self.objectives, self.teacher)
         if len(self._logit_objectives) < len(self.objectives):
             self._set_up_features(shape_of(self.model, "student"), self.teacher.shape())
@@ -123,33 +122,9 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         """Make what the base trainer is given as its model; it is called when the arguments have been checked."""
         return model
 
-    def _build_teacher(self, source: str | PreTrainedModel | Teacher) -> Teacher:
-        """Load or wrap the teacher, and check that it fits the student."""
-        if isinstance(source, str) and source == "base":
-            return AdapterDisabledTeacher(self.model)
-        if isinstance(source, str):
-            teacher: Teacher = load_teacher(
-                source, quantization=self.args.teacher_quantization, dtype=self.args.teacher_dtype, task=self.task
-            )
-        elif isinstance(source, PreTrainedModel):
-            check_not_student(self.model, source)
-            teacher = ModelTeacher(source)
-        else:
-            teacher = source
-        check_not_student(self.model, teacher)
-        check_same_task(self.model, teacher)
-        if self.task != "sequence_classification" and teacher.vocab_size is not None:
-            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            check_vocabularies(tokenizer, teacher.tokenizer, describe(self.model).vocab_size, teacher.vocab_size)
-        return teacher
-
     def _check_runtime(self) -> None:
         """Refuse what the base trainer allows and the distillation loss would ignore."""
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                "Several GPUs are visible to one process, which Trainer answers with nn.DataParallel; start the "
-                "script with `accelerate launch` instead, or set CUDA_VISIBLE_DEVICES to one GPU."
-            )
+        check_parallelism(self)
         if self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` would be ignored; express it as an objective in `objectives=[...]`.")
         problem = getattr(unwrap(self.model).config, "problem_type", None)
@@ -158,9 +133,6 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
                 f"The student has problem_type={problem!r}; distillation compares distributions over classes: set "
                 "`model.config.problem_type = 'single_label_classification'`, with one class id per row in `labels`."
             )
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError("Context and sequence parallelism split the labels; use DDP, FSDP2 or ZeRO instead.")
 
     def _term_weights(self) -> dict[str, float]:
         """The weight of every term of the loss by name, cross-entropy first."""

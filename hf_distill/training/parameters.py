@@ -27,6 +27,7 @@ class ObjectiveParametersMixin(Base):
 
     _features: FeatureTerms
     _run_features: nn.Module
+    _objective_lr_multiplier: float
 
     def _set_up_features(self, student: ModelShape, teacher: ModelShape) -> None:
         """Build the objectives' parameters for the two models, and place them for the run.
@@ -64,7 +65,7 @@ class ObjectiveParametersMixin(Base):
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         owned = [parameter for parameter in self._owned() if id(parameter) not in known]
         if owned:
-            rate = self.args.learning_rate * self.args.objective_lr_multiplier
+            rate = self.args.learning_rate * self._objective_lr_multiplier
             optimizer.add_param_group({"params": owned, "lr": rate, "weight_decay": 0.0})
         return optimizer
 

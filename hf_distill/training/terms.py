@@ -29,8 +29,19 @@ def build_objectives(args: Any, objectives: Sequence[Objective] | None) -> list[
     Raises:
         ValueError: Something is no objective, two cannot be computed together, or nothing would be trained.
     """
-    if objectives is None:
-        objectives = _from_flags(args)
+    objectives = _from_flags(args) if objectives is None else list(objectives)
+    check_objectives(objectives)
+    if args.ce_weight + sum(objective.weight for objective in objectives) == 0:
+        raise ValueError("`ce_weight` and all weights of `objectives` are 0, so nothing is trained; set one > 0.")
+    return objectives
+
+
+def check_objectives(objectives: Sequence[Objective]) -> None:
+    """Check that a run can evaluate the objectives together.
+
+    Raises:
+        ValueError: Something is no objective, or two cannot be computed in one pass.
+    """
     known = LogitObjective | FeatureObjective
     unknown = [type(objective).__name__ for objective in objectives if not isinstance(objective, known)]
     if unknown:
@@ -38,9 +49,6 @@ def build_objectives(args: Any, objectives: Sequence[Objective] | None) -> list[
             f"`objectives` holds {unknown}; expected objectives of hf_distill, e.g. `LogitObjective(0.5)`."
         )
     check_logit_objectives([objective for objective in objectives if isinstance(objective, LogitObjective)])
-    if args.ce_weight + sum(objective.weight for objective in objectives) == 0:
-        raise ValueError("`ce_weight` and all weights of `objectives` are 0, so nothing is trained; set one > 0.")
-    return list(objectives)
 
 
 def _from_flags(args: Any) -> list[Objective]:

@@ -42,6 +42,8 @@ def make_models(tied: bool = False, wide_teacher: bool = False) -> tuple[PreTrai
 
 def make_trainer(kind: str, output_dir: Path, *, lora: bool = False, rows: int = 16, models=None, **config):
     """Build a tiny `KDTrainer` ("kd") or `KDSFTTrainer` ("sft"); `config` overrides its fields."""
+    if kind.endswith("callback"):
+        return with_callback(kind, output_dir, lora=lora, rows=rows, models=models, **config)
     student, teacher = models or make_models(wide_teacher="hidden_weight" in config)
     peft_config = LoraConfig(**LORA) if lora else None
     settings = COMMON | {"output_dir": str(output_dir)} | config
@@ -72,6 +74,33 @@ def make_trainer(kind: str, output_dir: Path, *, lora: bool = False, rows: int =
     )
 
 
+def with_callback(kind: str, output_dir: Path, *, lora: bool, rows: int, models=None, objectives=None, **config):
+    """Build TRL's own trainer ("sft-callback", "dpo-callback") with a `DistillationCallback`."""
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    from hf_distill import DistillationCallback, HiddenStateObjective, LogitObjective
+
+    student, teacher = models or make_models(wide_teacher="hidden_weight" in config)
+    if objectives is None:
+        objectives = [LogitObjective(0.5)]
+        if "hidden_weight" in config:
+            objectives.append(HiddenStateObjective(config["hidden_weight"], loss=config["hidden_loss"]))
+    config = {name: value for name, value in config.items() if name not in HIDDEN}
+    settings = {"output_dir": str(output_dir), "bf16": False, "gradient_checkpointing": False} | COMMON | config
+    common = {"processing_class": tiny.tokenizer(), "peft_config": LoraConfig(**LORA) if lora else None}
+    if kind == "sft-callback":
+        trainer = SFTTrainer(
+            student, args=SFTConfig(**settings), train_dataset=tiny.prompt_completion_dataset(rows), **common
+        )
+    else:
+        reference = None if lora else tiny.model("llama", layers=1, seed=0)
+        args, data = DPOConfig(**settings), tiny.preference_dataset(rows)
+        trainer = DPOTrainer(student, ref_model=reference, args=args, train_dataset=data, **common)
+    rate = HIDDEN["objective_lr_multiplier"]
+    trainer.add_callback(DistillationCallback(trainer, teacher, objectives, objective_lr_multiplier=rate))
+    return trainer
+
+
 def trained(trainer) -> dict[str, torch.Tensor]:
     """The trained weights by name, those of objectives included."""
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -91,7 +120,7 @@ def main() -> None:
     for name, kind in kinds.items():
         trainer = make_trainer(output_dir=folder / "run", **kind, **settings)
         trainer.train()
-        metrics = trainer.evaluate()
+        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
         if trainer.is_world_process_zero():
             report = {
                 "history": trainer.state.log_history,
