@@ -15,14 +15,11 @@ from tests.training.runs import HIDDEN, logged, make_trainer, trained
 
 KINDS = {
     "KDTrainer": {"kind": "kd"},
-    "KDTrainer-LoRA": {"kind": "kd", "lora": True},
-    "KDTrainer-projectors": {"kind": "kd", **HIDDEN},
+    "KDTrainer-LoRA-projectors": {"kind": "kd", "lora": True, **HIDDEN},
     "KDSFTTrainer": {"kind": "sft"},
-    "KDSFTTrainer-LoRA": {"kind": "sft", "lora": True},
     "KDSFTTrainer-LoRA-projectors": {"kind": "sft", "lora": True, **HIDDEN},
     "SFTTrainer-callback-projectors": {"kind": "sft-callback", **HIDDEN},
     "DPOTrainer-callback-projectors": {"kind": "dpo-callback", **HIDDEN},
-    "DPOTrainer-callback-LoRA": {"kind": "dpo-callback", "lora": True},
 }
 KEYS = ["loss", "ce_loss", "forward_kl_loss", "student_nll", "teacher_nll", "top1_agreement", "kl"]
 
