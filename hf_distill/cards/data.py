@@ -23,13 +23,13 @@ class Loss:
 
     Args:
         name: For example `forward_kl` or `cross-entropy`.
-        weight: Its factor.
+        weight: Its factor, or its schedule in words.
         settings: For example `{"temperature": 2.0}`.
         paper: arXiv id of its source.
     """
 
     name: str
-    weight: float
+    weight: float | str
     settings: Mapping[str, object] = field(default_factory=dict)
     paper: str | None = None
 

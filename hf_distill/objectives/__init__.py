@@ -3,6 +3,7 @@
 from hf_distill.objectives.base import FeatureObjective, Objective
 from hf_distill.objectives.hidden import HiddenStateObjective
 from hf_distill.objectives.logits import LogitObjective, check_logit_objectives, logit_loss
+from hf_distill.objectives.schedules import Schedule, cosine, linear, piecewise, warmup
 
 
 __all__ = [
@@ -10,6 +11,11 @@ __all__ = [
     "HiddenStateObjective",
     "LogitObjective",
     "Objective",
+    "Schedule",
     "check_logit_objectives",
+    "cosine",
+    "linear",
     "logit_loss",
+    "piecewise",
+    "warmup",
 ]

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from hf_distill.objectives.schedules import Schedule, Scheduled
 from hf_distill.signals import ModelShape, Signal, StudentSignals, TeacherSignals
 
 
@@ -18,7 +19,10 @@ class Objective(nn.Module):
     before the first step. Parameters of its own (projectors, for example) are trained beside the student.
 
     Args:
-        weight: Factor of this term in the loss, >= 0.
+        weight: Factor of this term in the loss, >= 0, or a schedule of it.
+
+    Attributes:
+        name: What the term is called in logs, without "_loss".
 
     Raises:
         ValueError: The weight is negative or not finite.
@@ -26,14 +30,31 @@ class Objective(nn.Module):
 
     needs: ClassVar[frozenset[Signal]] = frozenset()
     citation: ClassVar[str] = ""
+    name: str
 
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(self, weight: float | Schedule = 1.0) -> None:
         super().__init__()
-        self.weight = check_weight("weight", weight)
+        self.scheduled = {"weight": Scheduled(weight)}
+        for value in self.scheduled["weight"].values():
+            check_weight("weight", value)
+
+    @property
+    def weight(self) -> float:
+        """The weight at this step."""
+        return self.scheduled["weight"].value
+
+    def is_ever_trained(self) -> bool:
+        """False where the weight is 0 from the first step to the last."""
+        return max(self.scheduled["weight"].values()) > 0
+
+    def move(self, progress: float) -> None:
+        """Take the scheduled values of a progress from 0 to 1; called at the beginning of an optimizer step."""
+        for scheduled in self.scheduled.values():
+            scheduled.move(progress)
 
     def config(self) -> dict[str, object]:
         """What the model card says of this objective."""
-        return {"objective": type(self).__name__, "weight": self.weight}
+        return {"objective": type(self).__name__} | {key: value.shown for key, value in self.scheduled.items()}
 
 
 class FeatureObjective(Objective, ABC):
@@ -42,12 +63,10 @@ class FeatureObjective(Objective, ABC):
     A subclass sets `name` and `needs`, and writes `bind` and `forward`.
 
     Attributes:
-        name: What the term is called in logs, without "_loss".
         student_layers: Layers of the student whose hidden states it reads, known after `bind`.
         teacher_layers: Layers of the teacher.
     """
 
-    name: str
     student_layers: frozenset[int] = frozenset()
     teacher_layers: frozenset[int] = frozenset()
 

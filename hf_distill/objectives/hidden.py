@@ -13,6 +13,7 @@ from hf_distill.functional.registry import unknown_name
 from hf_distill.objectives.base import FeatureObjective
 from hf_distill.objectives.layer_map import Pairs, check_mapping, layer_pairs
 from hf_distill.objectives.projectors import build_projectors
+from hf_distill.objectives.schedules import Schedule
 from hf_distill.signals import ModelShape, Signal, StudentSignals, TeacherSignals
 
 
@@ -26,7 +27,7 @@ class HiddenStateObjective(FeatureObjective):
     token, for a classifier every real token. The distances are averaged over the pairs.
 
     Args:
-        weight: Factor of this term in the loss, >= 0.
+        weight: Factor of this term in the loss, >= 0, or a schedule of it.
         loss: `cosine`, `relative_mse`, `mse` or `smooth_l1`, which need a projector where the widths differ; or `cka`
             or `procrustes`, which compare the geometry of all tokens of a micro-batch and need none (but then a
             micro-batch is not the sum of its rows: give it as many tokens as the memory allows).
@@ -51,7 +52,7 @@ class HiddenStateObjective(FeatureObjective):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: float | Schedule = 1.0,
         *,
         loss: str = "cosine",
         layer_mapping: str | Sequence[Sequence[int]] = "uniform",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_distill.functional import LinearLossOutput, linear_distillation_loss, resolve_divergence
 from hf_distill.objectives.base import Objective, check_weight
+from hf_distill.objectives.schedules import Schedule, Scheduled
 from hf_distill.signals import Signal, StudentSignals, TeacherSignals
 
 
@@ -24,9 +25,10 @@ class LogitObjective(Objective):
     """Match the teacher's next-token distribution (Hinton et al., 2015, arXiv:1503.02531).
 
     Args:
-        weight: Factor of this term in the loss, >= 0.
+        weight: Factor of this term in the loss, >= 0, or a schedule of it.
         divergence: A name of `hf_distill.functional.DIVERGENCES`.
-        temperature: Softens both distributions, > 0. Divergences that scale as 1/T^2 are multiplied by T^2.
+        temperature: Softens both distributions, > 0, or a schedule of it. Divergences that scale as 1/T^2 are
+            multiplied by T^2.
         divergence_kwargs: Arguments of the divergence, for example `{"beta": 0.5}` for `jsd`.
 
     Raises:
@@ -42,27 +44,28 @@ class LogitObjective(Objective):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: float | Schedule = 1.0,
         *,
         divergence: str = "forward_kl",
-        temperature: float = 1.0,
+        temperature: float | Schedule = 1.0,
         divergence_kwargs: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(weight)
-        if not temperature > 0:
+        self.scheduled["temperature"] = Scheduled(temperature)
+        if not min(self.scheduled["temperature"].values()) > 0:
             raise ValueError(f"`temperature` is {temperature}; expected a number > 0, for example `temperature=1.0`.")
         resolve_divergence(divergence, divergence_kwargs)
-        self.divergence = divergence
-        self.temperature = float(temperature)
+        self.divergence = self.name = divergence
         self.divergence_kwargs = dict(divergence_kwargs or {})
+
+    @property
+    def temperature(self) -> float:
+        """The temperature at this step."""
+        return self.scheduled["temperature"].value
 
     def config(self) -> dict[str, object]:
         """What the model card says of this objective."""
-        return super().config() | {
-            "divergence": self.divergence,
-            "temperature": self.temperature,
-            **self.divergence_kwargs,
-        }
+        return super().config() | {"divergence": self.divergence, **self.divergence_kwargs}
 
     def forward(
         self, student: StudentSignals, teacher: TeacherSignals, denominator: Tensor | int | None = None
@@ -125,7 +128,7 @@ def check_logit_objectives(objectives: Sequence[LogitObjective]) -> None:
     Raises:
         ValueError: They differ in temperature, or two have the same divergence.
     """
-    temperatures = sorted({objective.temperature for objective in objectives})
+    temperatures = sorted({objective.scheduled["temperature"].shown for objective in objectives}, key=str)
     if len(temperatures) > 1:
         raise ValueError(
             f"`objectives` holds LogitObjectives of temperatures {temperatures}; they are computed in one pass and "

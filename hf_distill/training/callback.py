@@ -21,6 +21,7 @@ from hf_distill.teachers import Teacher
 from hf_distill.training.checks import check_needs, check_parallelism
 from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
+from hf_distill.training.schedules import ScheduleCallback, scheduled_values
 from hf_distill.training.teacher import build_teacher
 from hf_distill.training.terms import FeatureTerms, check_objectives
 
@@ -102,6 +103,7 @@ class DistillationCallback(TrainerCallback):
         if self.features.weights:
             trainer._set_up_features(shape_of(trainer.model, "student"), self.teacher.shape())
         self.teacher.prepare(trainer.accelerator)
+        trainer.add_callback(ScheduleCallback(self.objectives))
 
     def attach(self) -> None:
         """Put the methods of `ListeningMixin` before the trainer's own."""
@@ -238,5 +240,6 @@ class ListeningMixin(ObjectiveParametersMixin, Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means of the terms to the step logs."""
         if "loss" in logs:
-            logs |= self._distillation.window.reduce(self.accelerator)
+            callback = self._distillation
+            logs |= callback.window.reduce(self.accelerator) | scheduled_values(callback.objectives)
         super().log(logs, *args, **kwargs)

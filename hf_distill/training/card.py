@@ -73,13 +73,12 @@ def write_card(card: DistillationCard, folder: str | Path) -> Path:
 def _losses(trainer: Any) -> list[Loss]:
     losses = [Loss("cross-entropy", trainer.args.ce_weight)] if trainer.args.ce_weight > 0 else []
     for objective in trainer.objectives:
-        settings = {key: value for key, value in objective.config().items() if key not in NOT_SETTINGS}
+        facts = objective.config()
+        weight, settings = facts["weight"], {key: value for key, value in facts.items() if key not in NOT_SETTINGS}
         if isinstance(objective, LogitObjective):
-            losses.append(
-                Loss(objective.divergence, objective.weight, settings, DIVERGENCES[objective.divergence].paper)
-            )
+            losses.append(Loss(objective.divergence, weight, settings, DIVERGENCES[objective.divergence].paper))
         else:
-            losses.append(Loss(objective.name, objective.weight, settings, objective.citation or None))
+            losses.append(Loss(objective.name, weight, settings, objective.citation or None))
     return losses
 
 

@@ -33,6 +33,7 @@ from hf_distill.training.card import trainer_card, write_card
 from hf_distill.training.checks import check_columns, check_needs, check_parallelism, check_teacher_argument
 from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
+from hf_distill.training.schedules import ScheduleCallback, scheduled_values
 from hf_distill.training.teacher import build_teacher
 from hf_distill.training.terms import FeatureTerms, build_objectives
 
@@ -115,6 +116,7 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         monitors = [*STUDENT_MONITORS, *TEACHER_MONITORS]
         self._train_window = MetricWindow([*terms, *monitors])
         self._eval_window = MetricWindow(["loss", *terms, *monitors])
+        self.add_callback(ScheduleCallback(self.objectives))
         self._warned_unlabelled = False
         self.retention_report: RetentionReport | None = None
 
@@ -296,7 +298,7 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the training window to the step logs."""
         if "loss" in logs:
-            logs |= self._train_window.reduce(self.accelerator)
+            logs |= self._train_window.reduce(self.accelerator) | scheduled_values(self.objectives)
         super().log(logs, start_time)
 
     def evaluate_retention(self, benchmarks: Sequence[Benchmark], baseline: Any = None) -> RetentionReport:

@@ -31,7 +31,7 @@ def build_objectives(args: Any, objectives: Sequence[Objective] | None) -> list[
     """
     objectives = _from_flags(args) if objectives is None else list(objectives)
     check_objectives(objectives)
-    if args.ce_weight + sum(objective.weight for objective in objectives) == 0:
+    if args.ce_weight == 0 and not any(objective.is_ever_trained() for objective in objectives):
         raise ValueError("`ce_weight` and all weights of `objectives` are 0, so nothing is trained; set one > 0.")
     return objectives
 
@@ -75,11 +75,16 @@ class FeatureTerms(nn.Module):
         features = [objective for objective in objectives if isinstance(objective, FeatureObjective)]
         self.objectives = nn.ModuleList(features)
         seen: Counter[str] = Counter()
-        self.weights: dict[str, float] = {}
+        self._names: list[str] = []
         for objective in features:
             seen[objective.name] += 1
             number = seen[objective.name]
-            self.weights[objective.name if number == 1 else f"{objective.name}_{number}"] = objective.weight
+            self._names.append(objective.name if number == 1 else f"{objective.name}_{number}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every term at this step, by its name in logs."""
+        return dict(zip(self._names, [objective.weight for objective in self._features()], strict=True))
 
     @property
     def student_layers(self) -> frozenset[int]:
