@@ -151,10 +151,10 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
             )
         targets = Targets.from_labels(inputs["labels"], shift=self.task == "causal_lm")
         self._warn_if_unlabelled(targets)
-        # The teacher comes first, so that its activations are gone when the student's graph is built.
         tokens = None
         if self._features.weights:
             tokens = Tokens.of(targets, inputs, per_row=self.task == "sequence_classification")
+        # The teacher comes first, so that its activations are gone when the student's graph is built.
         teacher = self._teacher_signals(inputs, targets, tokens, training=model.training)
         with tap_hidden_states(model, self._features.student_layers) as tap:
             outputs, logits = self._student_forward(model, inputs)
