@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from hf_distill.anatomy import Anatomy, describe, output_head
 
 
+# torch.compile shares code between models of one class, and that code has the hooks that it was traced with.
+COMPILED_BEFORE = (
+    "If it was called and is compiled, a model of its class ran compiled without this tap: `torch.compiler.reset()`."
+)
+
+
 class LastHiddenTap:
     """What enters the head of one forward call."""
 
@@ -29,7 +35,10 @@ class LastHiddenTap:
             RuntimeError: The model has not been called inside the context.
         """
         if self._hidden is None:
-            raise RuntimeError("The tap is empty: call the model inside `with tap_last_hidden(model) as tap:` first.")
+            raise RuntimeError(
+                "The tap is empty: call the model inside `with tap_last_hidden(model) as tap:` first. "
+                + COMPILED_BEFORE
+            )
         return self._hidden
 
     def _hears(self) -> bool:
@@ -171,7 +180,7 @@ class HiddenStatesTap:
         if missing := self._layers - self._states.keys():
             raise RuntimeError(
                 f"The tap has nothing from layers {sorted(missing)}: call the model inside "
-                "`with tap_hidden_states(model, layers) as tap:` first."
+                f"`with tap_hidden_states(model, layers) as tap:` first. {COMPILED_BEFORE}"
             )
         return self._states
 

@@ -84,6 +84,7 @@ def test_an_adapted_model_and_the_last_hidden_state_can_be_tapped_at_once():
 
 
 def test_a_compiled_model_can_be_tapped_again_and_again():
+    torch.compiler.reset()
     model = tiny.model("llama")
     compiled = torch.compile(model, backend="eager")
     for seed in range(2):
@@ -94,6 +95,17 @@ def test_a_compiled_model_can_be_tapped_again_and_again():
             expected = model(input_ids=ids, output_hidden_states=True).hidden_states
         for layer in (0, 1):
             torch.testing.assert_close(tap.states[layer], expected[layer], atol=1e-5, rtol=0)
+
+
+def test_code_that_was_compiled_without_the_tap_is_an_error_and_no_silent_loss():
+    torch.compiler.reset()
+    compiled = torch.compile(tiny.model("llama"), backend="eager")
+    with torch.no_grad():
+        compiled(input_ids=IDS)
+        with tap_hidden_states(compiled, [1]) as tap:
+            compiled(input_ids=IDS)
+    with pytest.raises(RuntimeError, match=r"torch\.compiler\.reset"):
+        _ = tap.states
 
 
 def test_hooks_are_removed_after_an_exception_and_the_layers_can_be_tapped_again():

@@ -165,6 +165,7 @@ def test_ddp_finds_every_parameter_of_the_tapped_model(find_unused_parameters, t
 
 
 def test_a_compiled_model_can_be_tapped_again_and_again():
+    torch.compiler.reset()
     model = tiny.model("llama")
     compiled = torch.compile(model, backend="eager")
     for seed in range(3):

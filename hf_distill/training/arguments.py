@@ -54,7 +54,7 @@ class DistillationArguments:
     )
     hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the distance of hidden states."})
     hidden_loss: str = field(default="cosine", metadata={"help": "Distance of hidden states."})
-    layer_mapping: Any = field(
+    layer_mapping: list[Any] | str | None = field(
         default="uniform", metadata={"help": "'uniform', 'last_k', 'every_nth', or pairs (student, teacher) as JSON."}
     )
     objective_lr_multiplier: float = field(

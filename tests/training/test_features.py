@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import HfArgumentParser
 
 from hf_distill import HiddenStateObjective, KDConfig, KDTrainer, LogitObjective, ModelTeacher
 from hf_distill.signals import ModelShape, Signal
+from hf_distill.training.terms import build_objectives
 from tests import tiny
 from tests.training.runs import COMMON, HIDDEN, LORA, logged, make_models, make_trainer, trained
 from tests.training.test_checkpoints import EndAtStep, saved_tensors
@@ -190,8 +192,11 @@ def test_the_card_says_which_layers_were_compared(tmp_path):
 
 
 def test_flags_build_the_objective_that_they_name():
-    args = KDConfig("out", hidden_weight=0.2, hidden_loss="mse", layer_mapping=json.dumps([[1, 2], [-1, -1]]))
-    assert args.layer_mapping == [[1, 2], [-1, -1]]
+    flags = ["--hidden_weight", "0.2", "--hidden_loss", "mse", "--layer_mapping", json.dumps([[1, 2], [-1, -1]])]
+    [args] = HfArgumentParser(KDConfig).parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu", *flags])
+    [_, objective] = build_objectives(args, None)
+    assert (objective.weight, objective.loss) == (0.2, "mse")
+    assert objective.layer_mapping == [[1, 2], [-1, -1]]
 
 
 @pytest.mark.parametrize(
