@@ -104,7 +104,8 @@ def with_callback(kind: str, output_dir: Path, *, lora: bool, rows: int, models=
 def trained(trainer) -> dict[str, torch.Tensor]:
     """The trained weights by name, those of objectives included."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    owned = {f"objective.{name}": value for name, value in trainer._features.named_parameters()}
+    features = getattr(trainer, "_features", torch.nn.Module())  # a trainer without a teacher has none
+    owned = {f"objective.{name}": value for name, value in features.named_parameters()}
     weights = dict(model.named_parameters()) | owned
     return {name: value.detach().clone() for name, value in weights.items() if value.requires_grad}
 
