@@ -70,8 +70,8 @@ class DistillationArguments:
         if not self.temperature > 0:
             raise ValueError(f"`temperature` is {self.temperature}; expected a number > 0, e.g. `temperature=1.0`.")
         resolve_divergence(self.divergence, kwargs)
-        if isinstance(self.layer_mapping, str) and self.layer_mapping.startswith("["):
-            self.layer_mapping = json.loads(self.layer_mapping)
+        mapping = "uniform" if self.layer_mapping is None else self.layer_mapping
+        self.layer_mapping = json.loads(mapping) if isinstance(mapping, str) and mapping.startswith("[") else mapping
         HiddenStateObjective(loss=self.hidden_loss, layer_mapping=self.layer_mapping)  # checks both
         check_weight("objective_lr_multiplier", self.objective_lr_multiplier)
         self._check_trainer_fields()
