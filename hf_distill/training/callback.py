@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, TrainerCallback
 from hf_distill.anatomy import resolve_head, shape_of, task_of
 from hf_distill.functional import reduce_sum
 from hf_distill.objectives import LogitObjective, Objective, logit_loss
+from hf_distill.objectives.base import check_weight
 from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
 from hf_distill.signals import Projection, StudentSignals, Targets, Tokens, identity, rows_of
 from hf_distill.taps import tap_head_input, tap_hidden_states
 from hf_distill.teachers import Teacher
-from hf_distill.training.checks import check_needs, check_parallelism
+from hf_distill.training.checks import check_needs, check_parallelism, check_teacher_type
 from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
 from hf_distill.training.schedules import ScheduleCallback, scheduled_values
@@ -79,6 +80,8 @@ class DistillationCallback(TrainerCallback):
     ) -> None:
         self.objectives = [LogitObjective(1.0)] if objectives is None else list(objectives)
         check_objectives(self.objectives)
+        check_teacher_type(teacher_model)
+        check_weight("objective_lr_multiplier", objective_lr_multiplier)
         if isinstance(trainer, ObjectiveParametersMixin):
             raise ValueError(
                 f"`trainer` is a {type(trainer).__name__}, which has a teacher already; pass `objectives=[...]` to it."
@@ -100,9 +103,13 @@ class DistillationCallback(TrainerCallback):
         self._class = type(trainer)
         self.attach()
         trainer._features, trainer._objective_lr_multiplier = self.features, objective_lr_multiplier
-        if self.features.weights:
-            trainer._set_up_features(shape_of(trainer.model, "student"), self.teacher.shape())
-        self.teacher.prepare(trainer.accelerator)
+        try:
+            if self.features.weights:
+                trainer._set_up_features(shape_of(trainer.model, "student"), self.teacher.shape())
+            self.teacher.prepare(trainer.accelerator)
+        except Exception:
+            trainer.__class__ = self._class  # a trainer whose callback failed is the trainer that it was
+            raise
         trainer.add_callback(ScheduleCallback(self.objectives))
 
     def attach(self) -> None:

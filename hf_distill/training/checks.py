@@ -49,16 +49,25 @@ def check_teacher_argument(teacher_model: Any, args: Any) -> str | PreTrainedMod
         raise ValueError(
             f"`teacher_model` was passed and `teacher_model_name_or_path` is {named!r}; give the teacher once."
         )
-    teacher = named if teacher_model is None else teacher_model
-    if not isinstance(teacher, str | PreTrainedModel | Teacher):
-        raise ValueError(
-            f"`teacher_model` is a {type(teacher).__name__}; expected a name, a PreTrainedModel or a Teacher, e.g. "
-            "`teacher_model=load_teacher(name)`."
-        )
+    teacher = check_teacher_type(named if teacher_model is None else teacher_model)
     if args.teacher_quantization is not None and not (isinstance(teacher, str) and teacher != "base"):
         raise ValueError(
             f"`teacher_quantization` is {args.teacher_quantization!r}, but the teacher is loaded already; quantise it "
             f"there: `load_teacher(name, quantization={args.teacher_quantization!r})`."
+        )
+    return teacher
+
+
+def check_teacher_type(teacher: Any) -> str | PreTrainedModel | Teacher:
+    """Return a teacher that was given.
+
+    Raises:
+        ValueError: A teacher cannot be made of it.
+    """
+    if not isinstance(teacher, str | PreTrainedModel | Teacher):
+        raise ValueError(
+            f"`teacher_model` is a {type(teacher).__name__}; expected a name, a PreTrainedModel or a Teacher, e.g. "
+            "`teacher_model=load_teacher(name)`."
         )
     return teacher
 

@@ -61,10 +61,11 @@ class ObjectiveParametersMixin(Base):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Add the objectives' parameters to the student's optimizer, with their own learning rate and no decay."""
-        optimizer = super().create_optimizer(model)
+        optimizer, owned = super().create_optimizer(model), self._owned()
+        if not owned:
+            return optimizer  # it may be a placeholder for DeepSpeed's own, which has no groups
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        owned = [parameter for parameter in self._owned() if id(parameter) not in known]
-        if owned:
+        if id(owned[0]) not in known:
             rate = self.args.learning_rate * self._objective_lr_multiplier
             optimizer.add_param_group({"params": owned, "lr": rate, "weight_decay": 0.0})
         return optimizer

@@ -106,4 +106,4 @@ class FeatureTerms(nn.Module):
         return torch.stack([objective(student, teacher) for objective in self._features()])
 
     def _features(self) -> list[FeatureObjective]:
-        return list(self.objectives)  # type: ignore[arg-type] # what __init__ put there
+        return [objective for objective in self.objectives if isinstance(objective, FeatureObjective)]

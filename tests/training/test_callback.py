@@ -190,6 +190,15 @@ def test_a_distilling_trainer_has_a_teacher_already(tmp_path):
         DistillationCallback(trainer, make_models()[1])
 
 
+def test_a_callback_that_fails_leaves_the_trainer_as_it_was(tmp_path):
+    trainer = plain_trainer("causal_lm", tmp_path)
+    with pytest.raises(ValueError, match="which has layers 1 to 2"):
+        DistillationCallback(trainer, make_models()[1], [HiddenStateObjective(layer_mapping=[(3, 2)])])
+    assert type(trainer) is Trainer
+    with pytest.raises(ValueError, match="teacher_model"):
+        DistillationCallback(trainer, None)
+
+
 def test_unequal_classes_are_refused(tmp_path):
     trainer = plain_trainer("sequence_classification", tmp_path)
     teacher = tiny.model("llama", task="sequence_classification", num_labels=4)

@@ -228,6 +228,12 @@ def test_a_teacher_without_hidden_states_is_refused_by_name(tmp_path):
         make_trainer("kd", tmp_path, models=(student, LogitsOnly(teacher)), hidden_weight=0.1)
 
 
+def test_an_optimizer_without_groups_is_left_alone_where_no_objective_has_parameters(tmp_path):
+    trainer = make_trainer("kd", tmp_path)
+    trainer.optimizer = placeholder = object()  # as Accelerate's for an optimizer that DeepSpeed's config names
+    assert trainer.create_optimizer() is placeholder
+
+
 def test_projectors_in_a_run_that_shards_are_refused(tmp_path):
     trainer = make_trainer("kd", tmp_path, **HIDDEN)
     trainer.is_fsdp_enabled = True  # Accelerate makes no FSDP run of processes on a CPU
