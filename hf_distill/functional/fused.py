@@ -18,7 +18,10 @@ from hf_distill.functional.tile import Recipe, Terms, resolve_recipe, statistics
 
 # The layers below `signals` cannot import it; the value is PyTorch's own convention.
 IGNORE_INDEX = -100
-DEFAULT_CHUNK_BYTES = 256 * 2**20
+# A head that trains adds a [V, H] product to its gradient for every chunk, so its chunks are thick; for the others
+# thin ones are as fast.
+TRAINED_CHUNK_BYTES = 256 * 2**20
+FROZEN_CHUNK_BYTES = 96 * 2**20
 
 Head = LMHead | Callable[[Tensor], Tensor]
 Projection = tuple[Tensor, Head]
@@ -83,7 +86,8 @@ def linear_distillation_loss(
         denominator: Divides the sum over tokens: `num_items_in_batch`. None takes the number of labelled tokens, or
             the sum of their `token_weights`.
         token_weights: `[N]`, non-negative, factor on each token's terms (not on the metrics); no gradient.
-        chunk_bytes: Budget for one chunk's logits, student and teacher together (default 256 MB).
+        chunk_bytes: Budget for one chunk's logits, student and teacher together (default 256 MiB where the head's
+            weight gets a gradient, else 96 MiB).
         metrics: Names from `METRICS`. `kl` is the forward KL at temperature 1.
 
     Raises:
@@ -101,7 +105,8 @@ def linear_distillation_loss(
         teacher = (teacher[0].index_select(0, index), teacher[1]) if teacher else None
         weights = None if weights is None else weights.index_select(0, index)
 
-    rows = chunk_rows(count, sum(widths) * student_hidden.element_size(), chunk_bytes)
+    row_bytes = sum(widths) * student_hidden.element_size()
+    rows = chunk_rows(count, row_bytes, chunk_bytes, trained_head=_is_trained(student_head))
     number = torch.tensor(count, device=labels.device)
     divisor = number if weights is None else weights.sum()
     plain_teacher = (teacher[0], teacher[1]) if teacher and isinstance(teacher[1], LMHead) else None
@@ -174,9 +179,16 @@ def _labelled_rows(
     return (None if count == labels.numel() else kept.nonzero().squeeze(1)), count
 
 
-def chunk_rows(count: int, bytes_per_row: int, chunk_bytes: int | None) -> int:
+def _is_trained(head: Head) -> bool:
+    """Whether a gradient of the weight is added up over chunks."""
+    return isinstance(head, LMHead) and head.weight.requires_grad and torch.is_grad_enabled()
+
+
+def chunk_rows(count: int, bytes_per_row: int, chunk_bytes: int | None, *, trained_head: bool) -> int:
     """Rows per chunk: what the budget allows between 128 (thinner products are slow) and 1024, in even chunks."""
-    budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    budget = chunk_bytes
+    if budget is None:
+        budget = TRAINED_CHUNK_BYTES if trained_head else FROZEN_CHUNK_BYTES
     rows = min(max(budget // bytes_per_row, 128), 1024)
     return max(math.ceil(count / max(math.ceil(count / rows), 1)), 1)
 

@@ -98,7 +98,12 @@ def activation_bytes(count: ParameterCount, hidden_size: int, tokens: int, *, ch
 
 
 def loss_bytes(
-    tokens: int, vocabularies: tuple[int, int], hidden_sizes: tuple[int, int], chunk_bytes: int | None = None
+    tokens: int,
+    vocabularies: tuple[int, int],
+    hidden_sizes: tuple[int, int],
+    chunk_bytes: int | None = None,
+    *,
+    trained_head: bool = True,
 ) -> float:
     """Bytes that the fused loss takes: one chunk of logits, fp32 buffers for a block of it, and hidden states.
 
@@ -107,9 +112,10 @@ def loss_bytes(
         vocabularies: Of student and teacher.
         hidden_sizes: Of student and teacher.
         chunk_bytes: As in `linear_distillation_loss`.
+        trained_head: Whether the head's weight gets a gradient; `head_gradient_bytes` is not counted here.
     """
     row = BF16 * sum(vocabularies)
-    rows = chunk_rows(tokens, row, chunk_bytes)
+    rows = chunk_rows(tokens, row, chunk_bytes, trained_head=trained_head)
     buffers = LOSS_BUFFERS * FP32 * min(rows * max(vocabularies), LOSS_BLOCK)
     return float(rows * row + buffers + BF16 * tokens * (2 * hidden_sizes[0] + hidden_sizes[1]))
 

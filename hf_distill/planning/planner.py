@@ -155,7 +155,11 @@ def plan(
     )
     vocabularies = student.vocab_size, teacher.vocab_size
     memory["loss, chunks of logits"] = loss_bytes(
-        tokens, vocabularies, (student.hidden_size, teacher.hidden_size), chunk_bytes
+        tokens,
+        vocabularies,
+        (student.hidden_size, teacher.hidden_size),
+        chunk_bytes,
+        trained_head=adapter is None,
     )
     if adapter is None:
         memory["loss, gradient of the head"] = head_gradient_bytes(student.count.head)

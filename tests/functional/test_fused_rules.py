@@ -1,11 +1,12 @@
 """What the fused loss leaves alone, what it reports, and what it refuses."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from hf_distill.functional import METRICS, LMHead, linear_distillation_loss, resolve_divergence
+from hf_distill.functional import METRICS, LMHead, fused, linear_distillation_loss, resolve_divergence
 from hf_distill.functional import tile as tile_module
 from hf_distill.functional.fused import chunk_rows
 from hf_distill.functional.tile import first_argmax
@@ -272,13 +273,27 @@ def test_heads_that_make_no_sense_raise(weight, rest, message):
 
 
 def test_chunks_follow_the_budget_between_128_and_1024_rows_and_are_even():
+    trained, frozen = partial(chunk_rows, trained_head=True), partial(chunk_rows, trained_head=False)
     row = 2 * 49152 * 2
-    assert chunk_rows(4096, row, None) == 1024
-    assert chunk_rows(4096, 2 * 128256 * 4, None) == math.ceil(4096 / math.ceil(4096 / 261))
-    assert chunk_rows(1030, row, None) == 515
-    assert chunk_rows(256, row, 1) == 128
-    assert chunk_rows(5, row, None) == 5
-    assert chunk_rows(0, row, None) == 1
+    assert trained(4096, row, None) == 1024
+    assert trained(4096, 2 * 128256 * 4, None) == math.ceil(4096 / math.ceil(4096 / 261))
+    assert trained(1030, row, None) == 515
+    assert trained(5, row, None) == 5
+    assert trained(0, row, None) == 1
+    assert frozen(4096, row, None) == 512
+    assert trained(256, row, 1) == frozen(256, row, 1) == 128
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_head_that_is_not_trained_gets_thinner_chunks(trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fused, "chunk_rows", lambda *args, trained_head: seen.append(trained_head) or 3)
+    head = LMHead(torch.randn(7, 4, requires_grad=trained))
+    hidden, labels = torch.randn(5, 4, requires_grad=True), torch.arange(5)
+    linear_distillation_loss(hidden, head, labels, terms={"ce": 1.0})
+    with torch.no_grad():
+        linear_distillation_loss(hidden, head, labels, terms={"ce": 1.0})
+    assert seen == [trained, False]
 
 
 @pytest.mark.parametrize("width", [7, 256, 512, 700])

@@ -50,7 +50,7 @@ def train_partitioned(rank: int, folder: Path) -> None:
     PartialState(backend="gloo")
     state = {"use_cpu": False, "deepspeed": ZERO3, "accelerator_config": {"use_configured_state": True}}
     # Chunks of three rows: the ranks have different numbers of labelled tokens, so of chunks, and must not wait.
-    fused.chunk_rows = lambda *_: 3
+    fused.chunk_rows = lambda *_, **__: 3
     for name, (kind, lora) in KINDS.items():
         AcceleratorState._reset_state()  # the second plugin of a process is refused
         unset_hf_deepspeed_config()  # else the second student would be made in parts
