@@ -14,7 +14,7 @@ equal. The definitions are in `divergences.py`; the tests compare both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -36,6 +36,7 @@ class Tile:
         log_p: Teacher's log-probabilities.
         p: Teacher's probabilities.
         spare: Gives the buffer `[n, V]` of a name; its contents are undefined.
+        noted: What a term knows beside its value, `[n]` by name of a metric.
     """
 
     log_q: Tensor
@@ -43,6 +44,7 @@ class Tile:
     log_p: Tensor
     p: Tensor
     spare: Callable[[str], Tensor]
+    noted: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def gap(self) -> Tensor:
@@ -150,9 +152,10 @@ def tvd(tile: Tile, pull: Tensor | None, factor: float, /) -> Result:
 
 
 def taid(tile: Tile, pull: Tensor | None, factor: float, /, *, t: float) -> Result:
-    """KL(p_t || q), p_t fixed: w = -p_t."""
+    """KL(p_t || q), p_t fixed: w = -p_t. Notes the entropy of p_t."""
     log_target = log_interpolated(tile.log_q, tile.log_p, t)
     target = torch.exp(log_target, out=tile.spare("mixture"))
+    tile.noted["target_entropy"] = -torch.linalg.vecdot(target, log_target)
     if pull is not None:
         pull.sub_(target, alpha=factor)
     return torch.linalg.vecdot(target, torch.sub(log_target, tile.log_q, out=tile.spare("ratio"))), -factor

@@ -88,7 +88,8 @@ def linear_distillation_loss(
         token_weights: `[N]`, non-negative, factor on each token's terms (not on the metrics); no gradient.
         chunk_bytes: Budget for one chunk's logits, student and teacher together (default 256 MiB where the head's
             weight gets a gradient, else 96 MiB).
-        metrics: Names from `METRICS`. `kl` is the forward KL at temperature 1.
+        metrics: Names from `METRICS`. `kl` is the forward KL at temperature 1. With the term `taid` also
+            "target_entropy", that of its target.
 
     Raises:
         ValueError: For shapes that do not fit, a missing teacher, labels outside the vocabulary, negative token

@@ -18,6 +18,8 @@ from hf_distill.functional.registry import BoundDivergence, resolve_divergence, 
 
 
 METRICS = ("student_nll", "teacher_nll", "top1_agreement", "kl", "student_entropy", "teacher_entropy")
+# Metrics that only one term can tell: the entropy of the distribution that the term moves the student to.
+TERM_METRICS = {"target_entropy": "taid"}
 # Elements of one buffer of a block of rows. Small on a CPU, so that the passes over a block find it in the cache.
 _CPU_BLOCK = 2**18
 _DEVICE_BLOCK = 2**24
@@ -75,7 +77,7 @@ def resolve_recipe(terms: Terms, temperature: float, metrics: Sequence[str]) -> 
             f"At least one term must have a positive weight, got {dict(terms)}. Set e.g. terms={{'forward_kl': 1.0}}."
         )
     for name in metrics:
-        if name not in METRICS:
+        if name not in METRICS and TERM_METRICS.get(name) not in terms:
             raise unknown_name("metric", name, METRICS)
     return Recipe(tuple(resolved), float(temperature), tuple(metrics))
 
@@ -230,6 +232,7 @@ class TileLoss:
             value, added = term.divergence.in_closed_form(tile, wanted, term.weight * scale / self.recipe.temperature)
             self._values[row, at] = value * scale
             row_sum = row_sum + added if wanted is not None else row_sum
+        values |= tile.noted if tile is not None else {}
         for row, name in enumerate(self.recipe.metrics, start=len(self.recipe.terms)):
             self._values[row, at] = values[name]
         if gradient is None or pull is None:

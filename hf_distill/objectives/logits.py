@@ -13,12 +13,15 @@ from torch import Tensor
 from hf_distill.functional import LinearLossOutput, linear_distillation_loss, resolve_divergence
 from hf_distill.objectives.base import Objective, check_weight
 from hf_distill.objectives.schedules import Schedule, Scheduled
+from hf_distill.objectives.taid import SETTINGS, TAIDInterpolation
 from hf_distill.signals import Signal, StudentSignals, TeacherSignals
 
 
 # Every one is a sum over labelled tokens, independent of temperature and weights: comparable between runs.
 STUDENT_MONITORS = ("student_nll",)
 TEACHER_MONITORS = ("teacher_nll", "top1_agreement", "kl")
+# What TAID's schedule reads; see `LogitObjective.target_cross_entropy`.
+TAID_MONITORS = ("target_entropy",)
 
 
 class LogitObjective(Objective):
@@ -29,7 +32,9 @@ class LogitObjective(Objective):
         divergence: A name of `hf_distill.functional.DIVERGENCES`.
         temperature: Softens both distributions, > 0, or a schedule of it. Divergences that scale as 1/T^2 are
             multiplied by T^2.
-        divergence_kwargs: Arguments of the divergence, for example `{"beta": 0.5}` for `jsd`.
+        divergence_kwargs: Arguments of the divergence, for example `{"beta": 0.5}` for `jsd`. Those of `taid` are a
+            fixed `t`, or any of `t_start`, `t_end`, `alpha` and `momentum`: then t follows the loss, see
+            `TAIDInterpolation`.
 
     Raises:
         ValueError: The divergence is unknown, or an argument is out of its range.
@@ -54,18 +59,31 @@ class LogitObjective(Objective):
         self.scheduled["temperature"] = Scheduled(temperature)
         if not min(self.scheduled["temperature"].values()) > 0:
             raise ValueError(f"`temperature` is {temperature}; expected a number > 0, for example `temperature=1.0`.")
-        resolve_divergence(divergence, divergence_kwargs)
         self.divergence = self.name = divergence
-        self.divergence_kwargs = dict(divergence_kwargs or {})
+        self._settings = dict(divergence_kwargs or {})
+        self.interpolation: TAIDInterpolation | None = None
+        if divergence == "taid" and "t" not in self._settings:
+            chosen = {name: self._settings.pop(name) for name in SETTINGS if name in self._settings}
+            self.interpolation = self.scheduled["t"] = TAIDInterpolation(**chosen)
+        resolve_divergence(divergence, self.divergence_kwargs)
 
     @property
     def temperature(self) -> float:
         """The temperature at this step."""
         return self.scheduled["temperature"].value
 
+    @property
+    def divergence_kwargs(self) -> dict[str, float]:
+        """The arguments of the divergence at this step."""
+        return self._settings | ({} if self.interpolation is None else {"t": self.interpolation.value})
+
+    def target_cross_entropy(self, means: Mapping[str, float]) -> float:
+        """CE(p_t, q) per token, the loss that TAID's schedule follows, from what `logit_loss` reports of this term."""
+        return means[f"{self.divergence}_loss"] / self.temperature**2 + means["target_entropy"]
+
     def config(self) -> dict[str, object]:
         """What the model card says of this objective."""
-        return super().config() | {"divergence": self.divergence, **self.divergence_kwargs}
+        return super().config() | {"divergence": self.divergence, **self._settings}
 
     def forward(
         self, student: StudentSignals, teacher: TeacherSignals, denominator: Tensor | int | None = None
@@ -103,6 +121,7 @@ def logit_loss(
     for objective in objectives:
         terms[objective.divergence] = (objective.weight, objective.divergence_kwargs)
     projection = None if teacher is None else teacher.logits
+    monitors = STUDENT_MONITORS if projection is None else STUDENT_MONITORS + TEACHER_MONITORS
     compute = partial(
         linear_distillation_loss,
         student.logits.hidden,
@@ -112,7 +131,7 @@ def logit_loss(
         teacher_head=None if projection is None else projection.head,
         temperature=objectives[0].temperature if objectives else 1.0,
         denominator=denominator,
-        metrics=STUDENT_MONITORS if projection is None else STUDENT_MONITORS + TEACHER_MONITORS,
+        metrics=(*monitors, *(TAID_MONITORS if "taid" in terms else ())),
     )
     if any(weight for weight, _ in terms.values()):
         return compute(terms=terms)

@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_distill.functional import resolve_divergence
-from hf_distill.objectives import HiddenStateObjective
+from hf_distill.objectives import HiddenStateObjective, LogitObjective
 from hf_distill.objectives.base import check_weight
 
 
@@ -67,12 +66,10 @@ class DistillationArguments:
         if sum(check_weight(name, getattr(self, name)) for name in WEIGHTS) == 0:
             names = ", ".join(f"`{name}`" for name in WEIGHTS)
             raise ValueError(f"{names} are all 0, so nothing is trained; set one, e.g. `kd_weight=0.5`.")
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature` is {self.temperature}; expected a number > 0, e.g. `temperature=1.0`.")
-        resolve_divergence(self.divergence, kwargs)
+        LogitObjective(divergence=self.divergence, temperature=self.temperature, divergence_kwargs=kwargs)
         mapping = "uniform" if self.layer_mapping is None else self.layer_mapping
         self.layer_mapping = json.loads(mapping) if isinstance(mapping, str) and mapping.startswith("[") else mapping
-        HiddenStateObjective(loss=self.hidden_loss, layer_mapping=self.layer_mapping)  # checks both
+        HiddenStateObjective(loss=self.hidden_loss, layer_mapping=self.layer_mapping)
         check_weight("objective_lr_multiplier", self.objective_lr_multiplier)
         self._check_trainer_fields()
         super().__post_init__()  # type: ignore[misc] # the other base is a TrainingArguments

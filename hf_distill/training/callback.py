@@ -110,7 +110,8 @@ class DistillationCallback(TrainerCallback):
         except Exception:
             trainer.__class__ = self._class  # a trainer whose callback failed is the trainer that it was
             raise
-        trainer.add_callback(ScheduleCallback(self.objectives))
+        self.schedules = ScheduleCallback(self.objectives, trainer.accelerator)
+        trainer.add_callback(self.schedules)
 
     def attach(self) -> None:
         """Put the methods of `ListeningMixin` before the trainer's own."""
@@ -193,6 +194,7 @@ class DistillationCallback(TrainerCallback):
             total = total + self.features.weights[name] * reduce_sum(value, self.labels_in_step, count)
             sums[f"{name}_loss"] = value.detach()
         self.window.add(sums, count)
+        self.schedules.observe(sums, count)
         return total
 
     def _projection(self, model: nn.Module, heard: Heard) -> Projection:

@@ -116,7 +116,8 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         monitors = [*STUDENT_MONITORS, *TEACHER_MONITORS]
         self._train_window = MetricWindow([*terms, *monitors])
         self._eval_window = MetricWindow(["loss", *terms, *monitors])
-        self.add_callback(ScheduleCallback(self.objectives))
+        self._schedules = ScheduleCallback(self.objectives, self.accelerator)
+        self.add_callback(self._schedules)
         self._warned_unlabelled = False
         self.retention_report: RetentionReport | None = None
 
@@ -238,7 +239,9 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         distilled = self._distill(model, inputs, num_items_in_batch)
         loss = distilled.loss
         if model.training:
-            self._train_window.add(self._sums(distilled.result), distilled.result.count)
+            sums, count = self._sums(distilled.result), distilled.result.count
+            self._train_window.add(sums, count)
+            self._schedules.observe(sums, count)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The denominator counts the tokens of all ranks, and DDP averages gradients over them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())

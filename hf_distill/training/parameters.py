@@ -1,4 +1,4 @@
-"""Parameters of objectives (projectors): optimised, clipped and resumed with the student, never part of it."""
+"""What objectives learn (projectors, TAID's t): trained and resumed with the student, never part of it."""
 
 from __future__ import annotations
 
@@ -82,19 +82,20 @@ class ObjectiveParametersMixin(Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._owned() and self.args.should_save:
+        state = self._features.state_dict()
+        if state and self.args.should_save:
             unfinished = Path(output_dir) / f".{FILE}.tmp"
-            save_file({name: tensor.contiguous() for name, tensor in self._features.state_dict().items()}, unfinished)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, unfinished)
             os.replace(unfinished, unfinished.with_name(FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self._owned():
+        if checkpoint is not None and self._features.state_dict():
             file = Path(checkpoint) / FILE
             if not file.exists():
                 raise ValueError(
-                    f"`resume_from_checkpoint`: {checkpoint} has no {FILE}, so the projectors would start anew beside "
-                    "a trained student. Resume with the objectives that the checkpoint was written with; checkpoints "
-                    "of `save_only_model=True` cannot be resumed."
+                    f"`resume_from_checkpoint`: {checkpoint} has no {FILE}, so projectors or TAID's t would start "
+                    "anew beside a trained student. Resume with the objectives that the checkpoint was written with; "
+                    "checkpoints of `save_only_model=True` cannot be resumed."
                 )
             self._features.load_state_dict(load_file(file))
         super()._load_optimizer_and_scheduler(checkpoint)

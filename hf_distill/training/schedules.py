@@ -1,29 +1,50 @@
-"""Moves the schedules of objectives at the beginning of every optimizer step."""
+"""Moves what changes in objectives during a run, at the boundaries of optimizer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate import Accelerator
+from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
-from hf_distill.objectives import Objective
+from hf_distill.objectives import LogitObjective, Objective
+from hf_distill.objectives.logits import TAID_MONITORS
+from hf_distill.training.metrics import MetricWindow
 
 
 class ScheduleCallback(TrainerCallback):
-    """Tells objectives how far the run is: 0 in the first step, 1 in the last.
+    """Tells objectives how far the run is, 0 in the first step and 1 in the last, and TAID what its loss was.
 
-    The progress follows from the step alone, so a resumed run goes on where it was.
+    Schedules follow from the step alone; what TAID has learned from its losses is saved by the objective.
     """
 
-    def __init__(self, objectives: Sequence[Objective]) -> None:
+    def __init__(self, objectives: Sequence[Objective], accelerator: Accelerator) -> None:
         self._objectives = list(objectives)
+        self._accelerator = accelerator
+        logits = [objective for objective in objectives if isinstance(objective, LogitObjective)]
+        self._taid = next((objective for objective in logits if objective.interpolation is not None), None)
+        self._window = MetricWindow(["taid_loss", *TAID_MONITORS])
+
+    def observe(self, sums: Mapping[str, Tensor], count: Tensor) -> None:
+        """Add up what one micro-batch of training gave, by name as in `MetricWindow.add`."""
+        if self._taid is not None:
+            self._window.add(sums, count)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take the values of this step."""
         progress = min(state.global_step / max(state.max_steps - 1, 1), 1.0)
         for objective in self._objectives:
             objective.move(progress)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Let TAID's t follow the loss of this step, of all micro-batches and ranks."""
+        if self._taid is None or self._taid.interpolation is None:
+            return
+        means = self._window.reduce(self._accelerator)
+        if means:  # a step may have no labels
+            self._taid.interpolation.observe(self._taid.target_cross_entropy(means), state.max_steps)
 
 
 def scheduled_values(objectives: Sequence[Objective]) -> dict[str, float]:

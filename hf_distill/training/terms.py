@@ -67,13 +67,15 @@ class FeatureTerms(nn.Module):
     """The objectives that look inside both models, evaluated in one call so that DDP sees all of their parameters.
 
     Args:
-        objectives: Those of a run; the others are left to `logit_loss`.
+        objectives: Those of a run. Those of logits are left to `logit_loss`; they are here for the state dict, which
+            holds what all objectives have learned.
     """
 
     def __init__(self, objectives: Sequence[Objective]) -> None:
         super().__init__()
         features = [objective for objective in objectives if isinstance(objective, FeatureObjective)]
         self.objectives = nn.ModuleList(features)
+        self.others = nn.ModuleList(objective for objective in objectives if objective not in features)
         seen: Counter[str] = Counter()
         self._names: list[str] = []
         for objective in features:
