@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_distill.evaluation import RetentionReport, evaluate_retention
-    from hf_distill.objectives import HiddenStateObjective, LogitObjective
+    from hf_distill.objectives import HiddenStateObjective, LogitObjective, RelationObjective
     from hf_distill.teachers import ModelTeacher, load_teacher
     from hf_distill.training.arguments import KDConfig
     from hf_distill.training.callback import DistillationCallback
@@ -27,6 +27,7 @@ __all__ = [
     "KDTrainer",
     "LogitObjective",
     "ModelTeacher",
+    "RelationObjective",
     "RetentionReport",
     "evaluate_retention",
     "load_teacher",
@@ -42,6 +43,7 @@ _MODULES = {
     "KDTrainer": "hf_distill.training.trainer",
     "LogitObjective": "hf_distill.objectives",
     "ModelTeacher": "hf_distill.teachers",
+    "RelationObjective": "hf_distill.objectives",
     "RetentionReport": "hf_distill.evaluation",
     "evaluate_retention": "hf_distill.evaluation",
     "load_teacher": "hf_distill.teachers",

@@ -147,12 +147,15 @@ def shape_of(model: nn.Module, role: str) -> ModelShape:
     parts = describe(model)
     origin = getattr(parts.model.config, "hf_distill", None) or {}
     kept = origin.get("kept_layers")
+    head_width = getattr(parts.lm_head, "in_features", parts.hidden_size)  # OPT may project to another one before
+    reads_layers = parts.lm_head is not None and head_width == parts.hidden_size
     return ModelShape(
         name=f"{role} ({type(parts.model).__name__})",
         num_layers=parts.num_layers,
         hidden_size=parts.hidden_size,
         kept_layers=None if kept is None else tuple(kept),
         cut_from=origin.get("teacher_num_hidden_layers"),
+        vocab_size=parts.vocab_size if reads_layers else None,
     )
 
 

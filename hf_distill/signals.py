@@ -31,6 +31,8 @@ class ModelShape:
         kept_layers: Of a student that was cut from a teacher, the teacher's layers (counted from 0) that it is made
             of; None for every other model.
         cut_from: Depth of the model that it was cut from; None for every other model.
+        vocab_size: Width of the logits that its head makes of hidden states; None where it makes none, as a
+            classifier, or takes another width than that of the layers.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ModelShape:
     hidden_size: int
     kept_layers: tuple[int, ...] | None = None
     cut_from: int | None = None
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def cka(student: Tensor, teacher: Tensor) -> Tensor:
     It does not change when either side is rotated, shifted or scaled, so no projector is needed. With fewer tokens
     than dimensions it is biased towards 0: give it many. Source: Kornblith et al., arXiv 1905.00414.
     """
-    student, teacher = _same_tokens(student, teacher)
+    student, teacher = same_tokens(student, teacher)
     student, teacher = student - student.mean(0), teacher - teacher.mean(0)
     shared = _gram_product(student, teacher)
     own = _gram_product(student, student) * _gram_product(teacher, teacher)
@@ -68,7 +68,7 @@ def procrustes(student: Tensor, teacher: Tensor) -> Tensor:
     `1 - sum(singular values of S^T T)`, from 0 to 1. It is zero only where the geometry is the same, which a trained
     projector does not ensure. Source: arXiv 2509.25253.
     """
-    student, teacher = _same_tokens(student, teacher)
+    student, teacher = same_tokens(student, teacher)
     student, teacher = _unit(student - student.mean(0)), _unit(teacher - teacher.mean(0))
     product = student.t() @ teacher
     # The nuclear norm is the largest <R, product> over orthogonal R; there its gradient is R, which needs no
@@ -99,7 +99,12 @@ def _same_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return _statistics(student), _statistics(teacher)
 
 
-def _same_tokens(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def same_tokens(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Check two sets of tokens, and return them in the precision of the statistics.
+
+    Raises:
+        ValueError: They are no matrices, or not of the same tokens.
+    """
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
         raise ValueError(
             f"Features must be [N, H_s] and [N, H_t], one row per token, got {list(student.shape)} and "

@@ -98,7 +98,9 @@ def linear_distillation_loss(
     """
     recipe = resolve_recipe({"ce": 0.5, "forward_kl": 0.5} if terms is None else terms, temperature, metrics)
     teacher = _check_inputs(recipe, student_hidden, labels, teacher_hidden, teacher_head, token_weights)
-    widths = [_vocabulary(student_head, student_hidden)] + ([_vocabulary(teacher[1], teacher[0])] if teacher else [])
+    widths = [vocabulary_of(student_head, student_hidden)] + (
+        [vocabulary_of(teacher[1], teacher[0])] if teacher else []
+    )
     index, count = _labelled_rows(labels, token_weights, widths[0], widths[-1] if "teacher_nll" in metrics else None)
     weights = None if token_weights is None else token_weights.detach()
     if index is not None:
@@ -153,7 +155,7 @@ def _check_inputs(
     return teacher_hidden.detach(), teacher_head
 
 
-def _vocabulary(head: Head, hidden: Tensor) -> int:
+def vocabulary_of(head: Head, hidden: Tensor) -> int:
     """How many logits a head gives; a callable is asked with no rows."""
     if isinstance(head, LMHead):
         return head.weight.shape[0]

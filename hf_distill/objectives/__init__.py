@@ -1,16 +1,23 @@
 """The terms that a distillation loss is made of."""
 
 from hf_distill.objectives.base import FeatureObjective, Objective
+from hf_distill.objectives.dynamics import FeatureDynamicsObjective, HiddenDeltaObjective
 from hf_distill.objectives.hidden import HiddenStateObjective
 from hf_distill.objectives.logits import LogitObjective, check_logit_objectives, logit_loss
+from hf_distill.objectives.regressor_free import RegressorFreeObjective
+from hf_distill.objectives.relational import RelationObjective
 from hf_distill.objectives.schedules import Schedule, cosine, linear, piecewise, warmup
 
 
 __all__ = [
+    "FeatureDynamicsObjective",
     "FeatureObjective",
+    "HiddenDeltaObjective",
     "HiddenStateObjective",
     "LogitObjective",
     "Objective",
+    "RegressorFreeObjective",
+    "RelationObjective",
     "Schedule",
     "check_logit_objectives",
     "cosine",

@@ -9,19 +9,26 @@ from hf_distill.signals import ModelShape
 
 
 Pairs = tuple[tuple[int, int], ...]
-LAYER_MAPPINGS = ("uniform", "last_k", "every_nth")
+LAYER_MAPPINGS = ("uniform", "last_k", "every_nth", "inner")
 
 
-def check_mapping(mapping: str | Sequence[Sequence[int]], num_pairs: int) -> None:
+def check_mapping(
+    mapping: str | Sequence[Sequence[int]], num_pairs: int, known: Sequence[str] = LAYER_MAPPINGS
+) -> None:
     """Check what can be checked before the models are known.
+
+    Args:
+        mapping: See `layer_pairs`.
+        num_pairs: See `layer_pairs`.
+        known: The names that are accepted.
 
     Raises:
         ValueError: The name is unknown, a pair is no pair, or there are none.
     """
     if isinstance(mapping, str):
-        if mapping not in LAYER_MAPPINGS:
+        if mapping not in known:
             raise ValueError(
-                f"`layer_mapping` is {mapping!r}; expected one of {list(LAYER_MAPPINGS)}, or pairs of layers such as "
+                f"`layer_mapping` is {mapping!r}; expected one of {list(known)}, or pairs of layers such as "
                 "`[(6, 12), (12, 24)]` (student, teacher; from 1, 0 being the embedding)."
             )
     elif not mapping or any(len(pair) != 2 for pair in mapping):
@@ -44,6 +51,8 @@ def layer_pairs(
     - "last_k": the last `num_pairs` layers of both, in order.
     - "every_nth": every n-th layer of the student counted from its last, n = L_s / `num_pairs` rounded up, with the
       partners of "uniform".
+    - "inner": every floor(L / (`num_pairs` + 1))-th layer, each model by its own depth; never the last, which alone is
+      after the final norm.
     - pairs: as given; negative numbers count from the end, -1 being the last layer.
 
     Raises:
@@ -52,6 +61,10 @@ def layer_pairs(
     if not isinstance(mapping, str):
         return tuple((_layer(pair[0], student), _layer(pair[1], teacher)) for pair in mapping)
     depth, pairs = student.num_layers, min(num_pairs, student.num_layers, teacher.num_layers)
+    if mapping == "inner":
+        pairs = min(num_pairs, depth - 1, teacher.num_layers - 1)
+        steps = depth // (pairs + 1), teacher.num_layers // (pairs + 1)
+        return tuple((i * steps[0], i * steps[1]) for i in range(1, pairs + 1))
     if mapping == "last_k":
         return tuple((depth - i, teacher.num_layers - i) for i in reversed(range(pairs)))
     if mapping == "every_nth":

@@ -14,7 +14,7 @@ from hf_distill.objectives.base import check_weight
 
 # Lower is better for these, although their names do not end in "loss", which is all that transformers looks at.
 LOWER_IS_BETTER = ("kl", "nll")
-WEIGHTS = ("ce_weight", "kd_weight", "hidden_weight")
+WEIGHTS = ("ce_weight", "kd_weight", "hidden_weight", "relation_weight")
 
 
 @dataclass
@@ -32,7 +32,9 @@ class DistillationArguments:
         divergence_kwargs: Arguments of the divergence, as a dict or JSON, for example `{"beta": 0.5}`.
         hidden_weight: Weight of the distance of hidden states; see `HiddenStateObjective`.
         hidden_loss: Which distance: cosine, relative_mse, mse, smooth_l1, cka or procrustes.
-        layer_mapping: "uniform", "last_k", "every_nth", or pairs (student, teacher), as a list or JSON.
+        layer_mapping: "uniform", "last_k", "every_nth", "inner", "learned", or pairs (student, teacher), as a list or
+            JSON.
+        relation_weight: Weight of the distance of relations between tokens; see `RelationObjective`.
         objective_lr_multiplier: Learning rate of projectors, as a multiple of the student's: they start from nothing.
 
     Raises:
@@ -54,8 +56,10 @@ class DistillationArguments:
     hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the distance of hidden states."})
     hidden_loss: str = field(default="cosine", metadata={"help": "Distance of hidden states."})
     layer_mapping: list[Any] | str | None = field(
-        default="uniform", metadata={"help": "'uniform', 'last_k', 'every_nth', or pairs (student, teacher) as JSON."}
+        default="uniform",
+        metadata={"help": "'uniform', 'last_k', 'every_nth', 'inner', 'learned', or pairs of layers as JSON."},
     )
+    relation_weight: float = field(default=0.0, metadata={"help": "Weight of the relations between tokens."})
     objective_lr_multiplier: float = field(
         default=10.0, metadata={"help": "Learning rate of projectors, as a multiple of the student's."}
     )

@@ -16,7 +16,7 @@ from hf_distill.functional import reduce_sum
 from hf_distill.objectives import LogitObjective, Objective, logit_loss
 from hf_distill.objectives.base import check_weight
 from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
-from hf_distill.signals import Projection, StudentSignals, Targets, Tokens, identity, rows_of
+from hf_distill.signals import Projection, Signal, StudentSignals, Targets, Tokens, identity, rows_of
 from hf_distill.taps import tap_head_input, tap_hidden_states
 from hf_distill.teachers import Teacher
 from hf_distill.training.checks import check_needs, check_parallelism, check_teacher_type
@@ -90,8 +90,9 @@ class DistillationCallback(TrainerCallback):
         self.trainer = trainer
         self.task = task_of(trainer.model)
         self.logits = [term for term in self.objectives if isinstance(term, LogitObjective)]
+        self.reads_heads = any(Signal.LOGITS in term.needs for term in self.objectives)
         tokenizer = trainer.processing_class
-        self.teacher = build_teacher(teacher_model, trainer.model, tokenizer, compares_logits=bool(self.logits))
+        self.teacher = build_teacher(teacher_model, trainer.model, tokenizer, compares_logits=self.reads_heads)
         check_needs(self.objectives, self.teacher)
         self.features = FeatureTerms(self.objectives)
         monitors = (*STUDENT_MONITORS, *TEACHER_MONITORS) if self.logits else ()
@@ -143,7 +144,7 @@ class DistillationCallback(TrainerCallback):
         handles = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
         try:
             with tap_hidden_states(model, self.features.student_layers) as hidden:
-                if self.task == "sequence_classification" or not self.logits:
+                if self.task == "sequence_classification" or not self.reads_heads:
                     yield heard
                 else:
                     with tap_head_input(model) as tap:

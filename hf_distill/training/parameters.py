@@ -41,9 +41,9 @@ class ObjectiveParametersMixin(Base):
             return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "`objectives` have parameters of their own (projectors, because the widths of student and teacher "
-                "differ), which FSDP and DeepSpeed do not train beside the student; use DDP, or a loss without a "
-                "projector: `hidden_loss='cka'` or `'procrustes'`."
+                "`objectives` have parameters of their own (a learned layer map, or projectors, because the widths of "
+                "student and teacher differ), which FSDP and DeepSpeed do not train beside the student; use DDP, or "
+                "a loss without a projector: `hidden_loss='cka'` or `'procrustes'`."
             )
         self._run_features = self.accelerator.prepare_model(self._features)
         self.add_callback(_ZeroGradients(self._features))

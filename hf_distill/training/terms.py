@@ -14,6 +14,7 @@ from hf_distill.objectives import (
     HiddenStateObjective,
     LogitObjective,
     Objective,
+    RelationObjective,
     check_logit_objectives,
 )
 from hf_distill.signals import ModelShape, StudentSignals, TeacherSignals
@@ -60,6 +61,8 @@ def _from_flags(args: Any) -> list[Objective]:
         objectives.append(
             HiddenStateObjective(args.hidden_weight, loss=args.hidden_loss, layer_mapping=args.layer_mapping)
         )
+    if args.relation_weight > 0:
+        objectives.append(RelationObjective(args.relation_weight))
     return objectives
 
 

@@ -39,6 +39,12 @@ def test_every_nth_counts_from_the_last_layer():
     assert pairs("every_nth", 3, 7, 14) == ((1, 2), (4, 8), (7, 14))
 
 
+def test_inner_layers_follow_each_models_own_depth_and_leave_out_the_last():
+    assert pairs("inner", 4, 12, 32) == ((2, 6), (4, 12), (6, 18), (8, 24))
+    assert pairs("inner", 4, 3, 32) == ((1, 10), (2, 20))
+    assert pairs("inner", 4, 1, 32) == ()
+
+
 def test_a_student_cut_from_the_teacher_meets_the_layers_it_is_made_of():
     student = shape(4, kept_layers=(0, 1, 2, 5), cut_from=6)
     assert layer_pairs("uniform", 4, student, shape(6, "teacher")) == ((1, 1), (2, 2), (3, 3), (4, 6))
