@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_distill.functional.fused import Head, chunk_rows, vocabulary_of
+from hf_distill.functional.fused import Head, chunk_rows, is_trained, vocabulary_of
 from hf_distill.functional.head import LMHead
 from hf_distill.functional.tile import statistics_dtype
 
@@ -41,7 +41,7 @@ def feature_dynamics(
         student_head: `LMHead`, or any callable from `[n, H_s]` to finite logits `[n, V_s]`.
         teacher: Hidden states `[N, H_t]` of as many layers.
         teacher_head: As `student_head`.
-        chunk_bytes: Budget for what a chunk leaves for its backward (default 256 MB).
+        chunk_bytes: Budget for what a chunk leaves for its backward; see `linear_distillation_loss`.
 
     Returns:
         Two values for each token, `[N]` each, in fp32 (fp64 for fp64).
@@ -62,7 +62,8 @@ def feature_dynamics(
             theirs = [_logits(teacher_head, states[part], width) for states in teacher]
         return _compare([_logits(student_head, states, width) for states in hidden], theirs)
 
-    rows, chunks = chunk_rows(count, len(student) * width * SAVED_BYTES, chunk_bytes), []
+    row_bytes, chunks = len(student) * width * SAVED_BYTES, []
+    rows = chunk_rows(count, row_bytes, chunk_bytes, trained_head=is_trained(student_head))
     for start in range(0, max(count, 1), rows):
         part = slice(start, start + rows)
         hidden = [states[part] for states in student]

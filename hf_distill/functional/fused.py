@@ -109,7 +109,7 @@ def linear_distillation_loss(
         weights = None if weights is None else weights.index_select(0, index)
 
     row_bytes = sum(widths) * student_hidden.element_size()
-    rows = chunk_rows(count, row_bytes, chunk_bytes, trained_head=_is_trained(student_head))
+    rows = chunk_rows(count, row_bytes, chunk_bytes, trained_head=is_trained(student_head))
     number = torch.tensor(count, device=labels.device)
     divisor = number if weights is None else weights.sum()
     plain_teacher = (teacher[0], teacher[1]) if teacher and isinstance(teacher[1], LMHead) else None
@@ -182,7 +182,7 @@ def _labelled_rows(
     return (None if count == labels.numel() else kept.nonzero().squeeze(1)), count
 
 
-def _is_trained(head: Head) -> bool:
+def is_trained(head: Head) -> bool:
     """Whether a gradient of the weight is added up over chunks."""
     return isinstance(head, LMHead) and head.weight.requires_grad and torch.is_grad_enabled()
 
