@@ -1,5 +1,6 @@
 """The terms that a distillation loss is made of."""
 
+from hf_distill.objectives.attention import AttentionObjective
 from hf_distill.objectives.base import FeatureObjective, Objective
 from hf_distill.objectives.hidden import HiddenStateObjective
 from hf_distill.objectives.logits import LogitObjective, check_logit_objectives, logit_loss
@@ -7,6 +8,7 @@ from hf_distill.objectives.schedules import Schedule, cosine, linear, piecewise,
 
 
 __all__ = [
+    "AttentionObjective",
     "FeatureObjective",
     "HiddenStateObjective",
     "LogitObjective",

@@ -1,4 +1,4 @@
-"""Taps of hidden states between layers; those of the last one, before the head, are in test_taps."""
+"""Taps of hidden states between layers; those of the last one, before the head, are in test_last_hidden."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_distill.anatomy import describe, resolve_head
 from hf_distill.taps import tap_head_input, tap_hidden_states, tap_last_hidden
 from tests import tiny
 from tests.processes import run_on_two_ranks
-from tests.test_taps import IDS, assert_same_gradients, gradients, hooks, shard
+from tests.taps.test_last_hidden import IDS, assert_same_gradients, gradients, hooks, shard
 
 
 def loss_of(states: dict[int, torch.Tensor]) -> torch.Tensor:
