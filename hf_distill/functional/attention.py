@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -60,7 +61,8 @@ def map_kl(student: Tensor, teacher: Tensor, visible: Tensor) -> Tensor:
     with more heads are averaged in groups of neighbours, otherwise over all heads: averages are blunter than any head.
     """
     ours, theirs = _log_maps(student, teacher, visible)
-    return (theirs.exp() * (theirs - ours)).masked_fill(~visible, 0).sum(-1).mean(0)
+    # Hidden keys have logarithms too low for a probability, and no gradient.
+    return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean(0)
 
 
 def map_mse(student: Tensor, teacher: Tensor, visible: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ def relation_distance(
     for states, side_seen in zip((student, teacher), seen, strict=True):
         cut = states.transpose(1, 2).flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2)
         sides.append(Scores(cut, cut, side_seen, cut.shape[-1] ** -0.5))
-    return score_distance(*sides, index, "map_kl")
+    return score_distance(sides[0], sides[1], index, "map_kl")
 
 
 def relation_heads(student_width: int, teacher_width: int) -> int:
@@ -190,7 +192,8 @@ def _log_maps(student: Tensor, teacher: Tensor, visible: Tensor) -> list[Tensor]
     groups = few if many % few == 0 else 1
     maps = []
     for scores in (student, teacher):
-        hidden = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        heads = hidden.log_softmax(-1).unflatten(0, (groups, -1))
-        maps.append(heads.logsumexp(1) - math.log(heads.shape[1]))
+        heads = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).log_softmax(-1)
+        if len(heads) > groups:
+            heads = heads.unflatten(0, (groups, -1)).logsumexp(1) - math.log(len(heads) // groups)
+        maps.append(heads)
     return maps
