@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_distill.evaluation import RetentionReport, evaluate_retention
-    from hf_distill.objectives import HiddenStateObjective, LogitObjective, RelationObjective
+    from hf_distill.objectives import AttentionObjective, HiddenStateObjective, LogitObjective, RelationObjective
     from hf_distill.teachers import ModelTeacher, load_teacher
     from hf_distill.training.arguments import KDConfig
     from hf_distill.training.callback import DistillationCallback
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = version("hf-distill")
 
 __all__ = [
+    "AttentionObjective",
     "DistillationCallback",
     "HiddenStateObjective",
     "KDConfig",
@@ -35,6 +36,7 @@ __all__ = [
 
 # Public name -> the module that defines it, imported when the name is first used.
 _MODULES = {
+    "AttentionObjective": "hf_distill.objectives",
     "DistillationCallback": "hf_distill.training.callback",
     "HiddenStateObjective": "hf_distill.objectives",
     "KDConfig": "hf_distill.training.arguments",

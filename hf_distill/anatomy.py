@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_distill.attention_anatomy import head_shape, uses_interface
 from hf_distill.functional.head import LMHead, finish_logits
 from hf_distill.signals import ModelShape
 
@@ -156,6 +157,8 @@ def shape_of(model: nn.Module, role: str) -> ModelShape:
         kept_layers=None if kept is None else tuple(kept),
         cut_from=origin.get("teacher_num_hidden_layers"),
         vocab_size=parts.vocab_size if reads_layers else None,
+        has_attention_maps=all(uses_interface(layer) for layer in parts.layers),
+        **head_shape(parts.model.config.get_text_config()),
     )
 
 

@@ -18,6 +18,23 @@ class Signal(str, Enum):
 
     LOGITS = "logits"
     HIDDEN_STATES = "hidden_states"
+    ATTENTION = "attention"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of one model that are looked into.
+
+    Args:
+        hidden: Whose hidden states are asked for, from 0 (the embedding) to the depth.
+        attention: Whose queries, keys and values are asked for, from 1 to the depth.
+    """
+
+    hidden: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
+
+
+NO_LAYERS = Layers()
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,10 @@ class ModelShape:
         cut_from: Depth of the model that it was cut from; None for every other model.
         vocab_size: Width of the logits that its head makes of hidden states; None where it makes none, as a
             classifier, or takes another width than that of the layers.
+        num_heads: Attention heads of a layer; 0 where they cannot be told.
+        num_kv_heads: Heads of keys and values, which groups of query heads share; 0 where they cannot be told.
+        head_dim: Width of a head; 0 where it cannot be told.
+        has_attention_maps: False where only queries, keys and values before their position embedding can be had.
     """
 
     name: str
@@ -41,6 +62,10 @@ class ModelShape:
     kept_layers: tuple[int, ...] | None = None
     cut_from: int | None = None
     vocab_size: int | None = None
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    has_attention_maps: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,6 +178,89 @@ HiddenStates = Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
+class Visibility:
+    """Which keys each query of a batch sees; what is None or False hides nothing.
+
+    Args:
+        mask: `[B, 1 or H, S, S]`: bool, True where the query (third dimension) sees the key, or added to the scores.
+        causal: No query sees a later key.
+        window: No query sees a key that is this far away or farther.
+        padding: `[B, S]` bool, False for keys that nothing sees.
+        documents: `[1 or B, S]` int64; no query sees a key of another document.
+    """
+
+    mask: Tensor | None = None
+    causal: bool = False
+    window: int | None = None
+    padding: Tensor | None = None
+    documents: Tensor | None = None
+
+    def rows(self, row: int, positions: Tensor, length: int) -> Tensor:
+        """What some queries of one row of the batch see.
+
+        Args:
+            row: Which row of the batch.
+            positions: The queries, `[M]` int64.
+            length: S, the number of keys.
+
+        Returns:
+            `[1 or H, M, S]`, bool or added to the scores as `mask` is.
+        """
+        if self.mask is not None:
+            return self.mask[row].index_select(1, positions)
+        queries, keys = positions[:, None], torch.arange(length, device=positions.device)
+        seen = torch.ones(len(positions), length, dtype=torch.bool, device=positions.device)
+        if self.causal:
+            seen &= keys <= queries
+        if self.window is not None:
+            seen &= (queries - keys).abs() < self.window
+        if self.padding is not None:
+            seen &= self.padding[row]
+        if self.documents is not None:
+            document = self.documents[row if len(self.documents) > 1 else 0]
+            seen &= document[positions][:, None] == document
+        return seen[None]
+
+
+@dataclass(frozen=True)
+class AttentionStates:
+    """What goes into the attention of one layer, for whole sequences.
+
+    Args:
+        query: `[B, H, S, d]`, after norms and position embedding.
+        key: `[B, H_kv, S, d]`; H is a multiple of H_kv, and head h reads key h // (H / H_kv).
+        value: `[B, H_kv, S, d_v]`.
+        visibility: Which keys each query sees.
+        scaling: Factor of the scores.
+        softcap: `softcap * tanh(scores / softcap)` follows the scaling; None for no cap.
+        has_maps: False where `softmax(scores)` is not what the model computes: heads and positions are unknown, or
+            something else enters its scores.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visibility: Visibility
+    scaling: float
+    softcap: float | None = None
+    has_maps: bool = True
+
+    def seen(self, row: int, positions: Tensor) -> Tensor:
+        """What the queries at `positions` ([M], int64) of one row of the batch see; see `Visibility.rows`."""
+        return self.visibility.rows(row, positions, self.key.shape[2])
+
+    def to(self, device: torch.device) -> AttentionStates:
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("query", "key", "value")}
+        masks = {name: getattr(self.visibility, name) for name in ("mask", "padding", "documents")}
+        masks = {name: None if mask is None else mask.to(device) for name, mask in masks.items()}
+        return replace(self, visibility=replace(self.visibility, **masks), **moved)
+
+
+Attention = Mapping[int, AttentionStates]
+
+
+@dataclass(frozen=True)
 class StudentSignals:
     """What the student gives for one batch, already restricted to the labelled positions.
 
@@ -161,13 +269,15 @@ class StudentSignals:
         labels: `[N]` int64.
         hidden: By layer `[M, H_s]`, at `tokens`; layers count from 1, 0 is the embedding, the last is after the final
             norm (as in transformers' `hidden_states`).
-        tokens: The positions of `hidden`; None where no hidden states were asked for.
+        tokens: The positions of `hidden`; None where no layers were asked for.
+        attention: By layer from 1, for whole sequences: `tokens.index` are queries in the flattened batch.
     """
 
     logits: Projection
     labels: Tensor
     hidden: HiddenStates = field(default_factory=dict)
     tokens: Tokens | None = None
+    attention: Attention = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,10 +287,12 @@ class TeacherSignals:
     Args:
         logits: Projection with hidden `[B, S, H_t]` (language models) or `[B, C]` (classifiers).
         hidden: By layer `[B, S, H_t]`; layers count as in `StudentSignals`.
+        attention: By layer, for whole sequences.
     """
 
     logits: Projection | None = None
     hidden: HiddenStates = field(default_factory=dict)
+    attention: Attention = field(default_factory=dict)
 
     def at(self, targets: Targets, tokens: Tokens | None = None) -> TeacherSignals:
         """Keep the labelled rows of the logits, and the hidden states of `tokens`."""

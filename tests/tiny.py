@@ -59,7 +59,13 @@ FAMILIES = {
     "roberta": ("RobertaConfig", DECODER, "num_hidden_layers"),
 }
 # Families of single tests: they have no place in the loops over all families.
-OTHERS = {"mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4}, "num_hidden_layers")}
+OTHERS = {
+    "mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4}, "num_hidden_layers"),
+    "cohere": ("CohereConfig", GROUPED, "num_hidden_layers"),
+    "granite": ("GraniteConfig", GROUPED, "num_hidden_layers"),
+    "gptj": ("GPTJConfig", GPT2 | {"rotary_dim": 4}, "n_layer"),  # calls its attention without the interface
+    "bloom": ("BloomConfig", COMMON | {"hidden_size": 32, "n_head": 4}, "n_layer"),  # and has one projection for all
+}
 DECODERS = [name for name in FAMILIES if name not in {"bert", "distilbert", "roberta"}]
 ENCODERS = ["bert", "distilbert", "roberta"]
 TASKS = {

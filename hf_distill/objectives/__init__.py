@@ -1,5 +1,6 @@
 """The terms that a distillation loss is made of."""
 
+from hf_distill.objectives.attention import AttentionObjective
 from hf_distill.objectives.base import FeatureObjective, Objective
 from hf_distill.objectives.dynamics import FeatureDynamicsObjective, HiddenDeltaObjective
 from hf_distill.objectives.hidden import HiddenStateObjective
@@ -10,6 +11,7 @@ from hf_distill.objectives.schedules import Schedule, cosine, linear, piecewise,
 
 
 __all__ = [
+    "AttentionObjective",
     "FeatureDynamicsObjective",
     "FeatureObjective",
     "HiddenDeltaObjective",

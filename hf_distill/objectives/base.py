@@ -65,10 +65,14 @@ class FeatureObjective(Objective, ABC):
     Attributes:
         student_layers: Layers of the student whose hidden states it reads, known after `bind`.
         teacher_layers: Layers of the teacher.
+        student_attention: Layers of the student whose queries, keys and values it reads.
+        teacher_attention: Layers of the teacher.
     """
 
     student_layers: frozenset[int] = frozenset()
     teacher_layers: frozenset[int] = frozenset()
+    student_attention: frozenset[int] = frozenset()
+    teacher_attention: frozenset[int] = frozenset()
 
     @abstractmethod
     def bind(self, student: ModelShape, teacher: ModelShape) -> None:

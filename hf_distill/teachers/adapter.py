@@ -11,7 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from hf_distill.anatomy import shape_of, task_of, unwrap
-from hf_distill.signals import ModelShape, Signal, TeacherSignals
+from hf_distill.signals import Layers, ModelShape, Signal, TeacherSignals
 from hf_distill.teachers.base import Teacher, class_names
 from hf_distill.teachers.inputs import model_inputs
 from hf_distill.teachers.model import public_name, read_signals
@@ -33,7 +33,7 @@ class AdapterDisabledTeacher(Teacher):
             weights of the base itself are trained, so that there is no base left to be the teacher.
     """
 
-    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES})
+    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES, Signal.ATTENTION})
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -60,11 +60,11 @@ class AdapterDisabledTeacher(Teacher):
         """Depth and width; see `Teacher.shape`."""
         return shape_of(self.model, "teacher")
 
-    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: frozenset[int]) -> TeacherSignals:
+    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: Layers) -> TeacherSignals:
         inputs = model_inputs(unwrap(self.model), batch)
         with torch.no_grad(), self._adapter_disabled():
-            logits, hidden = read_signals(self.model, inputs, layers)
-        return TeacherSignals(logits if Signal.LOGITS in needs else None, hidden)
+            logits, read = read_signals(self.model, inputs, layers)
+        return TeacherSignals(logits if Signal.LOGITS in needs else None, read.hidden, read.attention)
 
     @contextmanager
     def _adapter_disabled(self) -> Iterator[None]:

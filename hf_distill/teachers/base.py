@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.anatomy import task_of, unwrap
-from hf_distill.signals import ModelShape, Signal, TeacherSignals
+from hf_distill.signals import NO_LAYERS, Layers, ModelShape, Signal, TeacherSignals
 
 
 class Teacher(ABC):
@@ -38,14 +38,14 @@ class Teacher(ABC):
     reads_token_types: bool = False
 
     def signals(
-        self, batch: Mapping[str, Any], needs: Collection[Signal], layers: Collection[int] = ()
+        self, batch: Mapping[str, Any], needs: Collection[Signal], layers: Layers = NO_LAYERS
     ) -> TeacherSignals:
         """Compute the signals that are needed for one batch, without gradient.
 
         Args:
             batch: What the student's forward is given, `input_ids` `[B, S]` and so on; it is not changed.
             needs: The signals that are asked for.
-            layers: Whose hidden states are asked for, with `Signal.HIDDEN_STATES`; see `TeacherSignals`.
+            layers: Which layers are asked for, with `Signal.HIDDEN_STATES` or `Signal.ATTENTION`.
 
         Returns:
             The signals, on the device of the batch; those that were not asked for are None.
@@ -59,8 +59,11 @@ class Teacher(ABC):
                 f"`needs` asks for {_names(needs)}, but {type(self).__name__} provides only {_names(self.provides)}; "
                 f"use a teacher that provides {_names(missing)}, for example `ModelTeacher(model)`."
             )
-        hidden = Signal.HIDDEN_STATES in needs
-        return self._signals(batch, frozenset(needs), frozenset(layers) if hidden else frozenset())
+        asked = Layers(
+            hidden=layers.hidden if Signal.HIDDEN_STATES in needs else frozenset(),
+            attention=layers.attention if Signal.ATTENTION in needs else frozenset(),
+        )
+        return self._signals(batch, frozenset(needs), asked)
 
     def shape(self) -> ModelShape:
         """Depth and width, for objectives that compare layers.
@@ -78,7 +81,7 @@ class Teacher(ABC):
         """What the model card says of this teacher: plain values, no local paths."""
 
     @abstractmethod
-    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: frozenset[int]) -> TeacherSignals:
+    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: Layers) -> TeacherSignals:
         """Compute signals that are known to be provided."""
 
 

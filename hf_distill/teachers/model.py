@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.anatomy import ModuleHead, resolve_head, shape_of, task_of, unwrap, vocabulary_size
 from hf_distill.functional import LMHead
-from hf_distill.signals import ModelShape, Projection, Signal, TeacherSignals, identity
-from hf_distill.taps import tap_hidden_states, tap_last_hidden
+from hf_distill.signals import Layers, ModelShape, Projection, Signal, TeacherSignals, identity
+from hf_distill.taps import LayersTap, tap_last_hidden, tap_layers
 from hf_distill.teachers.base import Teacher, class_names
 from hf_distill.teachers.inputs import model_inputs
 from hf_distill.teachers.placement import RemoteHead, place
@@ -45,7 +45,7 @@ class ModelTeacher(Teacher):
         ```
     """
 
-    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES})
+    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES, Signal.ATTENTION})
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None
@@ -89,7 +89,7 @@ class ModelTeacher(Teacher):
         """Depth and width; see `Teacher.shape`."""
         return shape_of(self._base, "teacher")
 
-    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: frozenset[int]) -> TeacherSignals:
+    def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: Layers) -> TeacherSignals:
         home = batch["input_ids"].device
         device = self._device or self._base.get_input_embeddings().weight.device
         if device.type == "meta":  # offloaded: hooks on the modules move the inputs
@@ -98,10 +98,11 @@ class ModelTeacher(Teacher):
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         self.model.eval()  # somebody may have called .train() on a model that is theirs too
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            logits, hidden = read_signals(self.model, inputs, layers)
+            logits, read = read_signals(self.model, inputs, layers)
         return TeacherSignals(
             logits=_at_home(logits, home) if Signal.LOGITS in needs else None,
-            hidden={layer: states.to(home) for layer, states in hidden.items()},
+            hidden={layer: states.to(home) for layer, states in read.hidden.items()},
+            attention={layer: states.to(home) for layer, states in read.attention.items()},
         )
 
     def _only_known_tokens(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -158,13 +159,11 @@ def public_name(name: str | None) -> str | None:
     return os.path.basename(os.path.normpath(name)) if is_path else name
 
 
-def read_signals(
-    model: nn.Module, inputs: Mapping[str, Any], layers: frozenset[int]
-) -> tuple[Projection, dict[int, Tensor]]:
-    """Call a model once: its logits, not yet projected, and the hidden states of some layers."""
-    with tap_hidden_states(model, layers) as tap:
+def read_signals(model: nn.Module, inputs: Mapping[str, Any], layers: Layers) -> tuple[Projection, LayersTap]:
+    """Call a model once: its logits, not yet projected, and what was asked of its layers."""
+    with tap_layers(model, layers) as tap:
         logits = project(model, inputs)
-    return logits, tap.states
+    return logits, tap
 
 
 def project(model: nn.Module, inputs: Mapping[str, Any]) -> Projection:

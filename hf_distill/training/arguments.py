@@ -8,18 +8,20 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_distill.objectives import HiddenStateObjective, LogitObjective
+from hf_distill.objectives import AttentionObjective, HiddenStateObjective, LogitObjective
 from hf_distill.objectives.base import check_weight
 
 
 # Lower is better for these, although their names do not end in "loss", which is all that transformers looks at.
 LOWER_IS_BETTER = ("kl", "nll")
-WEIGHTS = ("ce_weight", "kd_weight", "hidden_weight", "relation_weight")
+WEIGHTS = ("ce_weight", "kd_weight", "hidden_weight", "attention_weight", "relation_weight")
 
 
 @dataclass
 class DistillationArguments:
-    """Fields of a distillation run: `loss = ce_weight * CE + kd_weight * T^2 * divergence + hidden_weight * distance`.
+    """Fields of a distillation run.
+
+    `loss = ce_weight * CE + kd_weight * T^2 * divergence + hidden_weight * distance + attention_weight * distance`.
 
     Args:
         teacher_model_name_or_path: The teacher, loaded by the trainer; "base" is a LoRA student's own base model.
@@ -34,6 +36,8 @@ class DistillationArguments:
         hidden_loss: Which distance: cosine, relative_mse, mse, smooth_l1, cka or procrustes.
         layer_mapping: "uniform", "last_k", "every_nth", "inner", "learned", or pairs (student, teacher), as a list or
             JSON.
+        attention_weight: Weight of the distance of attention at the last layer; see `AttentionObjective`.
+        attention_loss: Which distance: relations, map_kl, map_mse or score_mse.
         relation_weight: Weight of the distance of relations between tokens; see `RelationObjective`.
         objective_lr_multiplier: Learning rate of projectors, as a multiple of the student's: they start from nothing.
 
@@ -59,6 +63,8 @@ class DistillationArguments:
         default="uniform",
         metadata={"help": "'uniform', 'last_k', 'every_nth', 'inner', 'learned', or pairs of layers as JSON."},
     )
+    attention_weight: float = field(default=0.0, metadata={"help": "Weight of the distance of attention."})
+    attention_loss: str = field(default="relations", metadata={"help": "Distance of attention."})
     relation_weight: float = field(default=0.0, metadata={"help": "Weight of the relations between tokens."})
     objective_lr_multiplier: float = field(
         default=10.0, metadata={"help": "Learning rate of projectors, as a multiple of the student's."}
@@ -74,6 +80,7 @@ class DistillationArguments:
         mapping = "uniform" if self.layer_mapping is None else self.layer_mapping
         self.layer_mapping = json.loads(mapping) if isinstance(mapping, str) and mapping.startswith("[") else mapping
         HiddenStateObjective(loss=self.hidden_loss, layer_mapping=self.layer_mapping)
+        AttentionObjective(loss=self.attention_loss)
         check_weight("objective_lr_multiplier", self.objective_lr_multiplier)
         self._check_trainer_fields()
         super().__post_init__()  # type: ignore[misc] # the other base is a TrainingArguments

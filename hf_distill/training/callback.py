@@ -16,8 +16,8 @@ from hf_distill.functional import reduce_sum
 from hf_distill.objectives import LogitObjective, Objective, logit_loss
 from hf_distill.objectives.base import check_weight
 from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
-from hf_distill.signals import Projection, Signal, StudentSignals, Targets, Tokens, identity, rows_of
-from hf_distill.taps import tap_head_input, tap_hidden_states
+from hf_distill.signals import AttentionStates, Projection, Signal, StudentSignals, Targets, Tokens, identity, rows_of
+from hf_distill.taps import tap_head_input, tap_layers
 from hf_distill.teachers import Teacher
 from hf_distill.training.checks import check_needs, check_parallelism, check_teacher_type
 from hf_distill.training.metrics import MetricWindow
@@ -41,6 +41,7 @@ class Heard:
     outputs: Any = None
     head_input: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, AttentionStates] = field(default_factory=dict)
 
 
 class DistillationCallback(TrainerCallback):
@@ -143,7 +144,7 @@ class DistillationCallback(TrainerCallback):
 
         handles = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
         try:
-            with tap_hidden_states(model, self.features.student_layers) as hidden:
+            with tap_layers(model, self.features.student_layers) as layers:
                 if self.task == "sequence_classification" or not self.reads_heads:
                     yield heard
                 else:
@@ -155,7 +156,7 @@ class DistillationCallback(TrainerCallback):
                     f"{self._class.__name__}.compute_loss does not call the student with keyword arguments, so there "
                     "is nothing to distil; use KDTrainer or KDSFTTrainer."
                 )
-            heard.hidden = hidden.states
+            heard.hidden, heard.attention = layers.hidden, layers.attention
         finally:
             for handle in handles:
                 handle.remove()
@@ -183,7 +184,8 @@ class DistillationCallback(TrainerCallback):
         needs = frozenset().union(*(objective.needs for objective in self.objectives))
         teacher = self.teacher.signals(inputs, needs, self.features.teacher_layers).at(targets, tokens)
         hidden = {layer: rows_of(states, tokens.index) for layer, states in heard.hidden.items() if tokens}
-        student = StudentSignals(self._projection(model, heard).at(targets.index), targets.labels, hidden, tokens)
+        logits = self._projection(model, heard).at(targets.index)
+        student = StudentSignals(logits, targets.labels, hidden, tokens, heard.attention)
         count = torch.tensor(len(targets), device=targets.labels.device)
         total, sums = torch.zeros((), device=count.device), {}
         if self.logits:
@@ -201,11 +203,11 @@ class DistillationCallback(TrainerCallback):
     def _projection(self, model: nn.Module, heard: Heard) -> Projection:
         if heard.head_input is not None:
             return Projection(heard.head_input, resolve_head(model))
-        # A classifier's logits; where none are compared, anything with one row for each position.
-        states = (
-            heard.outputs["logits"] if self.task == "sequence_classification" else next(iter(heard.hidden.values()))
-        )
-        return Projection(states, identity)
+        if self.task == "sequence_classification":
+            return Projection(heard.outputs["logits"], identity)
+        # Where no logits are compared, anything with one row for each position.
+        queries = [states.query.transpose(1, 2).flatten(2) for states in heard.attention.values()]
+        return Projection([*heard.hidden.values(), *queries][0], identity)
 
 
 class ListeningMixin(ObjectiveParametersMixin, Base):

@@ -27,7 +27,7 @@ from hf_distill.signals import (
     identity,
     rows_of,
 )
-from hf_distill.taps import tap_hidden_states, tap_last_hidden
+from hf_distill.taps import tap_last_hidden, tap_layers
 from hf_distill.teachers import Teacher, prepare_quantized_student
 from hf_distill.training.card import trainer_card, write_card
 from hf_distill.training.checks import check_columns, check_needs, check_parallelism, check_teacher_argument
@@ -157,10 +157,10 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
             tokens = Tokens.of(targets, inputs, per_row=self.task == "sequence_classification")
         # The teacher comes first, so that its activations are gone when the student's graph is built.
         teacher = self._teacher_signals(inputs, targets, tokens, training=model.training)
-        with tap_hidden_states(model, self._features.student_layers) as tap:
+        with tap_layers(model, self._features.student_layers) as tap:
             outputs, logits = self._student_forward(model, inputs)
-        hidden = {layer: rows_of(states, tokens.index) for layer, states in tap.states.items() if tokens}
-        student = StudentSignals(logits.at(targets.index), targets.labels, hidden, tokens)
+        hidden = {layer: rows_of(states, tokens.index) for layer, states in tap.hidden.items() if tokens}
+        student = StudentSignals(logits.at(targets.index), targets.labels, hidden, tokens, tap.attention)
         with self.accelerator.autocast():
             result = logit_loss(self._logit_objectives, self.args.ce_weight, student, teacher, denominator=num_items)
         result = self._add_features(result, student, teacher, num_items)

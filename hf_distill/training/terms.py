@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.objectives import (
+    AttentionObjective,
     FeatureObjective,
     HiddenStateObjective,
     LogitObjective,
@@ -17,7 +18,7 @@ from hf_distill.objectives import (
     RelationObjective,
     check_logit_objectives,
 )
-from hf_distill.signals import ModelShape, StudentSignals, TeacherSignals
+from hf_distill.signals import Layers, ModelShape, StudentSignals, TeacherSignals
 
 
 def build_objectives(args: Any, objectives: Sequence[Objective] | None) -> list[Objective]:
@@ -61,6 +62,8 @@ def _from_flags(args: Any) -> list[Objective]:
         objectives.append(
             HiddenStateObjective(args.hidden_weight, loss=args.hidden_loss, layer_mapping=args.layer_mapping)
         )
+    if args.attention_weight > 0:
+        objectives.append(AttentionObjective(args.attention_weight, loss=args.attention_loss))
     if args.relation_weight > 0:
         objectives.append(RelationObjective(args.relation_weight))
     return objectives
@@ -92,14 +95,22 @@ class FeatureTerms(nn.Module):
         return dict(zip(self._names, [objective.weight for objective in self._features()], strict=True))
 
     @property
-    def student_layers(self) -> frozenset[int]:
-        """Layers of the student whose hidden states are needed."""
-        return frozenset().union(*(objective.student_layers for objective in self._features()))
+    def student_layers(self) -> Layers:
+        """What is needed of the student's layers."""
+        features = self._features()
+        return Layers(
+            hidden=frozenset().union(*(objective.student_layers for objective in features)),
+            attention=frozenset().union(*(objective.student_attention for objective in features)),
+        )
 
     @property
-    def teacher_layers(self) -> frozenset[int]:
-        """Layers of the teacher whose hidden states are needed."""
-        return frozenset().union(*(objective.teacher_layers for objective in self._features()))
+    def teacher_layers(self) -> Layers:
+        """What is needed of the teacher's layers."""
+        features = self._features()
+        return Layers(
+            hidden=frozenset().union(*(objective.teacher_layers for objective in features)),
+            attention=frozenset().union(*(objective.teacher_attention for objective in features)),
+        )
 
     def bind(self, student: ModelShape, teacher: ModelShape) -> None:
         """Let every objective choose its layers and build its parameters."""

@@ -12,7 +12,7 @@ from trl import RewardConfig, RewardTrainer
 
 from hf_distill import DistillationCallback, HiddenStateObjective, LogitObjective
 from tests import tiny
-from tests.test_taps import hooks
+from tests.taps.test_last_hidden import hooks
 from tests.training.runs import COMMON, logged, make_models, make_trainer, trained
 from tests.training.test_features import assert_projectors_resume, naive_distance
 from tests.training.test_trainers import naive_loss

@@ -16,7 +16,7 @@ from tests.training.runs import HIDDEN, logged, make_trainer, trained
 KINDS = {
     "KDTrainer": {"kind": "kd"},
     "KDTrainer-LoRA-projectors": {"kind": "kd", "lora": True, **HIDDEN},
-    "KDSFTTrainer": {"kind": "sft"},
+    "KDSFTTrainer-attention": {"kind": "sft", "attention_weight": 2.0},
     "KDSFTTrainer-LoRA-projectors": {"kind": "sft", "lora": True, **HIDDEN},
     "SFTTrainer-callback-projectors": {"kind": "sft-callback", **HIDDEN},
     "DPOTrainer-callback-projectors": {"kind": "dpo-callback", **HIDDEN},
@@ -32,7 +32,7 @@ def assert_same_weights(weights, reference) -> None:
 
 def keys_of(name: str) -> list[str]:
     own = [key for key in KEYS if key != "ce_loss"] if "callback" in name else KEYS
-    return own + ["hidden_loss"] * ("projectors" in name)
+    return own + ["hidden_loss"] * ("projectors" in name) + ["attention_loss"] * ("attention" in name)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -1,4 +1,4 @@
-"""Taps of hidden states between layers; those of the last one, before the head, are in test_taps."""
+"""Taps of hidden states between layers; those of the last one, before the head, are in test_last_hidden."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_distill.anatomy import describe, resolve_head
-from hf_distill.taps import tap_head_input, tap_hidden_states, tap_last_hidden
+from hf_distill.taps import tap_attention, tap_head_input, tap_hidden_states, tap_last_hidden
 from tests import tiny
 from tests.processes import run_on_two_ranks
-from tests.test_taps import IDS, assert_same_gradients, gradients, hooks, shard
+from tests.taps.test_last_hidden import IDS, assert_same_gradients, gradients, hooks, shard
 
 
 def loss_of(states: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -132,15 +132,26 @@ def test_misuse_is_answered():
     assert hooks(model) == 0
 
 
+def loss_of_all_taps(model, ids) -> torch.Tensor:
+    with (
+        tap_hidden_states(model, [1, 3]) as states,
+        tap_attention(model, [2, 3]) as attention,
+        tap_last_hidden(model) as last,
+    ):
+        model(input_ids=ids)
+    parts = {layer: torch.cat([s.query, s.key, s.value], 1) for layer, s in attention.states.items()}
+    return loss_of(states.states) + loss_of(parts) + last.hidden[:0].sum()
+
+
 def compare_to_one_process(rank: int) -> None:
     model = tiny.model("llama", layers=3)
-    expected = plain_gradients(model, [1, 3])
+    twin = copy.deepcopy(model)
+    loss_of_all_taps(twin, IDS).backward()
+    expected = gradients(twin)
     shard(model, "accelerate", tied=False)
     for _ in range(2):
         model.zero_grad()
-        with tap_hidden_states(model, [1, 3]) as tap, tap_last_hidden(model) as last:
-            model(input_ids=IDS[rank : rank + 1])  # as many tokens on both ranks: the mean of the means
-        (loss_of(tap.states) + last.hidden[:0].sum()).backward()
+        loss_of_all_taps(model, IDS[rank : rank + 1]).backward()  # as many tokens on both: the mean of the means
     found = {
         name: parameter.grad.full_tensor()
         for name, parameter in model.named_parameters()
