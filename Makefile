@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that run the tests, one core each.
+WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 export UV_HTTP_TIMEOUT := 180
@@ -27,7 +29,8 @@ quickstart: $(INSTALLED) ## Distil a real model and print how much of the teache
 	$(BIN)/python recipes/generate.py outputs/quickstart
 
 test: $(INSTALLED) ## Run the tests, offline and on the CPU
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" \
+		--numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 # In a folder of its own: where DeepSpeed can be imported, accelerate imports it in every run.
 DEEPSPEED := $(VENV)/deepspeed
