@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_distill.teachers import ModelTeacher, load_teacher
     from hf_distill.training.arguments import KDConfig
     from hf_distill.training.callback import DistillationCallback
+    from hf_distill.training.gradient_shares import GradientShareCallback
     from hf_distill.training.sft import KDSFTConfig, KDSFTTrainer
     from hf_distill.training.trainer import KDTrainer
 
@@ -21,6 +22,7 @@ __version__ = version("hf-distill")
 __all__ = [
     "AttentionObjective",
     "DistillationCallback",
+    "GradientShareCallback",
     "HiddenStateObjective",
     "KDConfig",
     "KDSFTConfig",
@@ -38,6 +40,7 @@ __all__ = [
 _MODULES = {
     "AttentionObjective": "hf_distill.objectives",
     "DistillationCallback": "hf_distill.training.callback",
+    "GradientShareCallback": "hf_distill.training.gradient_shares",
     "HiddenStateObjective": "hf_distill.objectives",
     "KDConfig": "hf_distill.training.arguments",
     "KDSFTConfig": "hf_distill.training.sft",

@@ -157,6 +157,7 @@ def shape_of(model: nn.Module, role: str) -> ModelShape:
         kept_layers=None if kept is None else tuple(kept),
         cut_from=origin.get("teacher_num_hidden_layers"),
         vocab_size=parts.vocab_size if reads_layers else None,
+        is_causal=any(getattr(module, "is_causal", False) for module in parts.layers[0].modules()),
         has_attention_maps=all(uses_interface(layer) for layer in parts.layers),
         **head_shape(parts.model.config.get_text_config()),
     )

@@ -50,6 +50,7 @@ class ModelShape:
         cut_from: Depth of the model that it was cut from; None for every other model.
         vocab_size: Width of the logits that its head makes of hidden states; None where it makes none, as a
             classifier, or takes another width than that of the layers.
+        is_causal: Whether its tokens see only those before them, as in decoders.
         num_heads: Attention heads of a layer; 0 where they cannot be told.
         num_kv_heads: Heads of keys and values, which groups of query heads share; 0 where they cannot be told.
         head_dim: Width of a head; 0 where it cannot be told.
@@ -62,6 +63,7 @@ class ModelShape:
     kept_layers: tuple[int, ...] | None = None
     cut_from: int | None = None
     vocab_size: int | None = None
+    is_causal: bool = False
     num_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0

@@ -28,7 +28,10 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def relative_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference over the teacher's squared norm: `[N, H]` twice to `[N]`; 1 for a student of zeros."""
+    """Squared difference over the teacher's squared norm: `[N, H]` twice to `[N]`; 1 for a student of zeros.
+
+    Source: the latent term in the code of Minixhofer et al., arXiv 2503.20083.
+    """
     student, teacher = _same_width(student, teacher)
     return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=TINY)
 
@@ -43,7 +46,10 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over the width of the smooth L1 difference (quadratic below 1): `[N, H]` twice to `[N]`."""
+    """Mean over the width of the smooth L1 difference (quadratic below 1): `[N, H]` twice to `[N]`.
+
+    Source of the function: Girshick, Fast R-CNN, arXiv 1504.08083; it was not made for hidden states.
+    """
     student, teacher = _same_width(student, teacher)
     return F.smooth_l1_loss(student, teacher, reduction="none").mean(-1)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -85,6 +87,17 @@ class FeatureObjective(Objective, ABC):
     @abstractmethod
     def forward(self, student: StudentSignals, teacher: TeacherSignals) -> Tensor:
         """The sum of this term over labels, 0-dim fp32, unweighted: the trainer divides it once for all terms."""
+
+
+def term_names(objectives: Sequence[Objective]) -> list[str]:
+    """What the objectives of a run are called in logs: the second of a kind gets a 2, and so on."""
+    seen: Counter[str] = Counter()
+    names = []
+    for objective in objectives:
+        seen[objective.name] += 1
+        number = seen[objective.name]
+        names.append(objective.name if number == 1 else f"{objective.name}_{number}")
+    return names
 
 
 def check_weight(name: str, weight: float) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,7 @@ from hf_distill.signals import AttentionStates, Projection, Signal, StudentSigna
 from hf_distill.taps import tap_head_input, tap_layers
 from hf_distill.teachers import Teacher
 from hf_distill.training.checks import check_needs, check_parallelism, check_teacher_type
+from hf_distill.training.gradient_shares import measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
 from hf_distill.training.schedules import ScheduleCallback, scheduled_values
@@ -175,8 +178,15 @@ class DistillationCallback(TrainerCallback):
             )
         return Targets.from_labels(labels, shift=self.task == "causal_lm")
 
-    def loss(self, model: nn.Module, heard: Heard, targets: Targets) -> Tensor:
-        """All terms of one micro-batch, weighted, over the labelled tokens of the optimizer step."""
+    def loss(self, model: nn.Module, heard: Heard, targets: Targets, own: Tensor) -> Tensor:
+        """All terms of one micro-batch, weighted, over the labelled tokens of the optimizer step.
+
+        Args:
+            model: The student.
+            heard: What its forward call was given and gave.
+            targets: What of it is distilled.
+            own: The trainer's own loss, on the scale of the terms.
+        """
         accelerator, inputs = self.trainer.accelerator, heard.kwargs or {}
         tokens = None
         if self.features.weights:
@@ -198,6 +208,8 @@ class DistillationCallback(TrainerCallback):
             sums[f"{name}_loss"] = value.detach()
         self.window.add(sums, count)
         self.schedules.observe(sums, count)
+        terms = partial(term_losses, self.logits, self.features, student, teacher, denominator=self.labels_in_step)
+        measure_shares(self.trainer, lambda: chain([("own", own)], terms()))
         return total
 
     def _projection(self, model: nn.Module, heard: Heard) -> Projection:
@@ -230,9 +242,11 @@ class ListeningMixin(ObjectiveParametersMixin, Base):
         with self._distillation.listen(model) as heard:
             result = super().compute_loss(model, inputs, **arguments)
         # The count is that of all ranks, and DDP averages gradients over them.
-        terms = self._distillation.loss(model, heard, targets) * (self.accelerator.num_processes // self.get_tp_size())
+        scale = self.accelerator.num_processes // self.get_tp_size()
         if not self._is_scaled_for_accumulation(num_items_in_batch):
-            terms = terms * self.current_gradient_accumulation_steps
+            scale *= self.current_gradient_accumulation_steps
+        own = result[0] if return_outputs else result
+        terms = self._distillation.loss(model, heard, targets, own / scale) * scale
         return (result[0] + terms, result[1]) if return_outputs else result + terms
 
     def _is_scaled_for_accumulation(self, num_items: Tensor | int | None) -> bool:
@@ -254,4 +268,5 @@ class ListeningMixin(ObjectiveParametersMixin, Base):
         if "loss" in logs:
             callback = self._distillation
             logs |= callback.window.reduce(self.accelerator) | scheduled_values(callback.objectives)
+            logs |= measured_shares(self)
         super().log(logs, *args, **kwargs)

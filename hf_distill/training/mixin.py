@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from hf_distill.taps import tap_last_hidden, tap_layers
 from hf_distill.teachers import Teacher, prepare_quantized_student
 from hf_distill.training.card import trainer_card, write_card
 from hf_distill.training.checks import check_columns, check_needs, check_parallelism, check_teacher_argument
+from hf_distill.training.gradient_shares import Losses, measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
 from hf_distill.training.schedules import ScheduleCallback, scheduled_values
@@ -50,12 +52,13 @@ TOKEN_TYPES = "token_type_ids"
 
 @dataclass(frozen=True)
 class Distilled:
-    """What one batch gave: the loss, its parts, the student's outputs, and its logits before projection."""
+    """What one batch gave: the loss, its parts, the student's outputs, its logits before projection, and its terms."""
 
     loss: Tensor
     result: LinearLossOutput
     outputs: Any
     logits: Projection
+    terms: Losses
 
 
 class DistillationMixin(ObjectiveParametersMixin, Base):
@@ -164,7 +167,10 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         with self.accelerator.autocast():
             result = logit_loss(self._logit_objectives, self.args.ce_weight, student, teacher, denominator=num_items)
         result = self._add_features(result, student, teacher, num_items)
-        return Distilled(result.loss + self._router_loss(outputs, result.count, num_items), result, outputs, logits)
+        loss = result.loss + self._router_loss(outputs, result.count, num_items)
+        options = {"denominator": num_items, "ce_weight": self.args.ce_weight}
+        terms = partial(term_losses, self._logit_objectives, self._features, student, teacher, **options)
+        return Distilled(loss, result, outputs, logits, terms)
 
     def _add_features(
         self,
@@ -242,6 +248,7 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
             sums, count = self._sums(distilled.result), distilled.result.count
             self._train_window.add(sums, count)
             self._schedules.observe(sums, count)
+            measure_shares(self, distilled.terms)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The denominator counts the tokens of all ranks, and DDP averages gradients over them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -302,6 +309,7 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         """Add the means of the training window to the step logs."""
         if "loss" in logs:
             logs |= self._train_window.reduce(self.accelerator) | scheduled_values(self.objectives)
+            logs |= measured_shares(self)
         super().log(logs, start_time)
 
     def evaluate_retention(self, benchmarks: Sequence[Benchmark], baseline: Any = None) -> RetentionReport:

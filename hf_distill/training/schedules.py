@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
 from hf_distill.objectives import LogitObjective, Objective
+from hf_distill.objectives.base import term_names
 from hf_distill.objectives.logits import TAID_MONITORS
 from hf_distill.training.metrics import MetricWindow
 
@@ -50,8 +51,8 @@ class ScheduleCallback(TrainerCallback):
 def scheduled_values(objectives: Sequence[Objective]) -> dict[str, float]:
     """What changes in a run, by name, as it is now: for example `forward_kl_weight`."""
     return {
-        f"{objective.name}_{name}": scheduled.value
-        for objective in objectives
-        for name, scheduled in objective.scheduled.items()
+        f"{name}_{part}": scheduled.value
+        for name, objective in zip(term_names(objectives), objectives, strict=True)
+        for part, scheduled in objective.scheduled.items()
         if scheduled.schedule is not None
     }

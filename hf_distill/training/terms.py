@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from hf_distill.objectives import (
     RelationObjective,
     check_logit_objectives,
 )
+from hf_distill.objectives.base import term_names
 from hf_distill.signals import Layers, ModelShape, StudentSignals, TeacherSignals
 
 
@@ -82,12 +82,8 @@ class FeatureTerms(nn.Module):
         features = [objective for objective in objectives if isinstance(objective, FeatureObjective)]
         self.objectives = nn.ModuleList(features)
         self.others = nn.ModuleList(objective for objective in objectives if objective not in features)
-        seen: Counter[str] = Counter()
-        self._names: list[str] = []
-        for objective in features:
-            seen[objective.name] += 1
-            number = seen[objective.name]
-            self._names.append(objective.name if number == 1 else f"{objective.name}_{number}")
+        named = zip(term_names(objectives), objectives, strict=True)
+        self._names = [name for name, objective in named if isinstance(objective, FeatureObjective)]
 
     @property
     def weights(self) -> dict[str, float]:

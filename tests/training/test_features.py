@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import HfArgumentParser
+from transformers import DataCollatorForSeq2Seq, HfArgumentParser
 
 from hf_distill import HiddenStateObjective, KDConfig, KDTrainer, LogitObjective, ModelTeacher
 from hf_distill.signals import ModelShape, Signal
@@ -138,10 +138,9 @@ def test_a_resumed_run_goes_on_with_its_projectors_and_the_student_never_holds_t
 def test_a_term_of_weight_zero_changes_nothing(tmp_path):
     runs = []
     for extra in ([], [HiddenStateObjective(0.0)]):
-        trainer = kd_trainer(tmp_path, "causal_lm", max_steps=2)
         trainer = KDTrainer(
             *make_models(), KDConfig(str(tmp_path), max_steps=2, **COMMON), objectives=[LogitObjective(0.5), *extra],
-            train_dataset=tiny.tokenized_dataset(), data_collator=trainer.data_collator,
+            train_dataset=tiny.tokenized_dataset(), data_collator=DataCollatorForSeq2Seq(tiny.tokenizer()),
         )  # fmt: skip
         trainer.train()
         runs.append(trained(trainer))
@@ -152,7 +151,7 @@ def test_the_base_of_an_adapter_gives_its_own_hidden_states(tmp_path):
     args = KDConfig(str(tmp_path), max_steps=3, ce_weight=0.5, kd_weight=0.0, hidden_weight=0.1, **COMMON)
     trainer = KDTrainer(
         tiny.model("llama"), "base", args, train_dataset=tiny.tokenized_dataset(24),
-        data_collator=make_trainer("kd", tmp_path).data_collator, peft_config=LoraConfig(**LORA),
+        data_collator=DataCollatorForSeq2Seq(tiny.tokenizer()), peft_config=LoraConfig(**LORA),
     )  # fmt: skip
     trainer.train()
     first, *_, last = logged(trainer, "hidden_loss")
@@ -175,7 +174,7 @@ def test_two_terms_of_one_kind_are_logged_apart(tmp_path):
     objectives = [HiddenStateObjective(0.2, loss="cka"), HiddenStateObjective(0.1, layer_mapping=[(1, 2)])]
     trainer = KDTrainer(
         *make_models(), KDConfig(str(tmp_path), max_steps=1, **COMMON), objectives=objectives,
-        train_dataset=tiny.tokenized_dataset(), data_collator=make_trainer("kd", tmp_path).data_collator,
+        train_dataset=tiny.tokenized_dataset(), data_collator=DataCollatorForSeq2Seq(tiny.tokenizer()),
     )  # fmt: skip
     trainer.train()
     ce, first, second = (logged(trainer, f"{name}_loss")[0] for name in ("ce", "hidden", "hidden_2"))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import pytest
+from transformers import DataCollatorForSeq2Seq
 
-from hf_distill import DistillationCallback, KDConfig, KDTrainer, LogitObjective
+from hf_distill import DistillationCallback, HiddenStateObjective, KDConfig, KDTrainer, LogitObjective
 from hf_distill.objectives import linear, warmup
+from hf_distill.training.schedules import scheduled_values
+from hf_distill.training.terms import FeatureTerms
 from tests import tiny
-from tests.training.runs import COMMON, logged, make_models, make_trainer
+from tests.training.runs import COMMON, logged, make_models
 from tests.training.test_callback import plain_trainer
 
 
@@ -13,7 +16,7 @@ def scheduled(tmp_path, **config):
     return KDTrainer(
         *make_models(), KDConfig(str(tmp_path), **(COMMON | {"ce_weight": 0.5, "max_steps": 5} | config)),
         objectives=[LogitObjective(warmup(1.0, 0.5), temperature=linear(4.0, 2.0))],
-        train_dataset=tiny.tokenized_dataset(24), data_collator=make_trainer("kd", tmp_path).data_collator,
+        train_dataset=tiny.tokenized_dataset(24), data_collator=DataCollatorForSeq2Seq(tiny.tokenizer()),
     )  # fmt: skip
 
 
@@ -41,3 +44,18 @@ def test_the_callback_moves_schedules_too(tmp_path):
     trainer.add_callback(DistillationCallback(trainer, make_models()[1], [LogitObjective(linear(0.0, 1.0))]))
     trainer.train()
     assert logged(trainer, "forward_kl_weight") == [0.0, 1.0]
+
+
+def test_a_schedule_goes_by_the_name_of_its_term():
+    objectives = [
+        HiddenStateObjective(linear(0.0, 1.0)),
+        LogitObjective(0.5, temperature=linear(2.0, 1.0)),
+        HiddenStateObjective(0.3),
+        HiddenStateObjective(linear(0.7, 0.0)),
+    ]
+    assert FeatureTerms(objectives).weights == {"hidden": 0.0, "hidden_2": 0.3, "hidden_3": 0.7}
+    assert scheduled_values(objectives) == {
+        "hidden_weight": 0.0,
+        "forward_kl_temperature": 2.0,
+        "hidden_3_weight": 0.7,
+    }
