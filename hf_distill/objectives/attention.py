@@ -25,6 +25,7 @@ from hf_distill.signals import AttentionStates, ModelShape, Signal, StudentSigna
 
 RELATIONS = ("query", "key", "value")
 LOSSES = ("relations", *SCORE_LOSSES)
+CITATIONS = {"relations": "2012.15828", "map_kl": "2002.10957", "score_mse": "1909.10351"}
 
 
 class AttentionObjective(FeatureObjective):
@@ -56,7 +57,6 @@ class AttentionObjective(FeatureObjective):
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.ATTENTION})
-    citation: ClassVar[str] = "2012.15828"
     name = "attention"
 
     def __init__(
@@ -78,6 +78,7 @@ class AttentionObjective(FeatureObjective):
                 "`loss='relations'`, or None."
             )
         self.loss = loss
+        self.citation = CITATIONS.get(loss, "")
         self.layer_mapping = layer_mapping
         self.num_pairs = num_pairs
         self.relation_heads = relation_heads

@@ -31,7 +31,7 @@ class Objective(nn.Module):
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset()
-    citation: ClassVar[str] = ""
+    citation: str = ""
     name: str
 
     def __init__(self, weight: float | Schedule = 1.0) -> None:

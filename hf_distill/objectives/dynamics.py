@@ -116,7 +116,7 @@ class HiddenDeltaObjective(HiddenStateObjective):
         skip_first: See `HiddenStateObjective`.
     """
 
-    citation: ClassVar[str] = ""
+    citation: str = ""
     name = "hidden_delta"
 
     def __init__(

@@ -61,7 +61,7 @@ class HiddenStateObjective(FeatureObjective):
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.HIDDEN_STATES})
-    citation: ClassVar[str] = "1412.6550"
+    citation: str = "1412.6550"
     name = "hidden"
 
     def __init__(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -31,7 +30,7 @@ class RegressorFreeObjective(HiddenStateObjective):
         ValueError: An argument is out of its range, or (when the models are known) the channels do not fit them.
     """
 
-    citation: ClassVar[str] = ""
+    citation: str = ""
     name = "regressor_free"
 
     def __init__(

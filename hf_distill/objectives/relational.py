@@ -78,7 +78,7 @@ class RelationObjective(FeatureObjective):
         self.num_pairs = num_pairs
         self.gather = gather
         # Two papers, one class.
-        self.citation = "1907.09682" if loss == "similarity" else "1904.05068"  # type: ignore[misc]
+        self.citation = "1907.09682" if loss == "similarity" else "1904.05068"
         self.pairs: Pairs = ()
 
     def config(self) -> dict[str, object]:

@@ -149,3 +149,11 @@ def test_attention_that_is_more_than_a_softmax_has_no_maps_but_relations():
     with pytest.raises(ValueError, match=r"attention of the teacher.*loss='relations'"):
         bound(loss="map_kl")(student, teacher)
     assert bound()(student, teacher) > 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "paper"),
+    [("relations", "2012.15828"), ("map_kl", "2002.10957"), ("score_mse", "1909.10351"), ("map_mse", "")],
+)
+def test_the_card_cites_the_paper_of_the_loss(loss, paper):
+    assert AttentionObjective(loss=loss).citation == paper
