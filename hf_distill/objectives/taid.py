@@ -27,8 +27,8 @@ class TAIDInterpolation(nn.Module, Scheduled):
         t_start: t in the first step, in [0, 1].
         t_end: The most it becomes, in [t_start, 1].
         alpha: Size of a step, >= 0. None takes 5e-4, as the authors, and in runs of fewer than 20,000 steps as much
-            more as the run is shorter: with 5e-4 the line is faster in all runs of up to 4,000 steps, and the loss
-            changes nothing.
+            more as the run is shorter, up to 1: with 5e-4 the line is faster in all runs of up to 4,000 steps, and
+            the loss changes nothing.
         momentum: Of the moving average, in [0, 1).
 
     Attributes:
@@ -74,15 +74,18 @@ class TAIDInterpolation(nn.Module, Scheduled):
         """End a step; the value changes when the next one begins.
 
         Args:
-            loss: CE(p_t, q) per token of this step, over all micro-batches and ranks.
+            loss: CE(p_t, q) per token of this step, over all micro-batches and ranks; one that is not finite is
+                passed over.
             steps: Of the whole run.
         """
+        if not math.isfinite(loss):
+            return
         previous, self._loss, self._next = self._loss, loss, self.value
         if previous is None:
             return
         decrease = (previous - loss) / (previous + 1e-15)
         self._average = self.momentum * self._average + (1 - self.momentum) * decrease
-        alpha = ALPHA * max(1.0, ALPHA_STEPS / steps) if self.alpha is None else self.alpha
+        alpha = min(ALPHA * max(1.0, ALPHA_STEPS / steps), 1.0) if self.alpha is None else self.alpha
         share = 1 / (1 + math.exp(-self._average))
         self._next += alpha * share * (1 - self.value)
 

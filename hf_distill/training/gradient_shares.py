@@ -57,8 +57,8 @@ class GradientShareCallback(TrainerCallback):
         """See whether this step is measured."""
         self._due = state.global_step % self.every == 0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a trainer that has no terms."""
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse a trainer that has no terms, before it takes its first step."""
         if self._due:
             raise ValueError(
                 "GradientShareCallback was added to a trainer that has no teacher; use KDTrainer or KDSFTTrainer, or "

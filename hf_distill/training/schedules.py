@@ -34,7 +34,8 @@ class ScheduleCallback(TrainerCallback):
             self._window.add(sums, count)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Take the values of this step."""
+        """Take the values of this step, and forget what a step that failed had seen."""
+        self._window.reset()
         progress = min(state.global_step / max(state.max_steps - 1, 1), 1.0)
         for objective in self._objectives:
             objective.move(progress)

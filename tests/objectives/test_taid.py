@@ -60,7 +60,7 @@ def test_a_falling_loss_moves_t_faster_than_a_rising_one():
 
 
 def test_steps_are_longer_in_short_runs_and_the_authors_in_long_ones():
-    for steps, alpha in ((100, 0.1), (20_000, 5e-4), (10**6, 5e-4)):
+    for steps, alpha in ((5, 1.0), (100, 0.1), (20_000, 5e-4), (10**6, 5e-4)):
         before = 0.4 + 0.6 / (steps - 1)
         expected = max(before + alpha * 0.5 * (1 - before), 0.4 + 0.6 * 2 / (steps - 1))
         assert run(TAIDInterpolation(), [1.0, 1.0, 1.0], steps=steps)[2] == pytest.approx(expected, rel=1e-9)
@@ -72,6 +72,14 @@ def test_a_run_of_one_step_and_a_second_run_begin_at_the_start():
     assert run(interpolation, LOSSES) == whole
     interpolation.move(0.0)
     assert interpolation.value == 0.4
+
+
+def test_a_loss_that_is_not_finite_is_passed_over():
+    settings = {"alpha": 0.9, "momentum": 0.5}
+    broken = run(TAIDInterpolation(**settings), [*LOSSES[:3], math.nan, *LOSSES[4:]])
+    whole = run(TAIDInterpolation(**settings), LOSSES)
+    assert broken[:4] == whole[:4]
+    assert broken[3] <= broken[4] < broken[5] < 1
 
 
 @pytest.mark.parametrize("cut", [1, 4])
