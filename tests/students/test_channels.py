@@ -5,7 +5,7 @@ import torch
 
 from hf_distill.students import select_channels
 from tests import tiny
-from tests.test_taps import hooks
+from tests.taps.test_last_hidden import hooks
 
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:
