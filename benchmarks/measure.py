@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -73,17 +74,22 @@ def _status(field: str) -> float:
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
+def medians(row: Mapping[str, Any]) -> dict[str, float]:
+    """The median turn of every case of a row."""
+    return {name: statistics.median(turns) for name, turns in row["seconds"].items()}
+
+
 def print_rows(title: str, row: Mapping[str, Any]) -> None:
     """Print the measurements of one setting, the first case being the reference.
 
-    The time is that of the fastest turn: what else happens on a machine only ever adds to it.
+    The time is the median of the turns.
     """
-    fastest, peaks = {name: min(turns) for name, turns in row["seconds"].items()}, row["peak_mb"]
+    seconds, peaks = medians(row), row["peak_mb"]
     first = next(iter(peaks))
     print(f"\n{title}\n{'':38}{'s':>8}{'ratio':>8}{'floor':>8}{'peak MB':>9}{'ratio':>8}")
     for name, peak in peaks.items():
-        now, floor = fastest[name], f"{fastest['floor'] / fastest[name]:.0%}" if "floor" in fastest else ""
-        print(f"{name:38}{now:8.3f}{now / fastest[first]:8.2f}{floor:>8}{peak:9.0f}{peak / peaks[first]:8.3f}")
+        now, floor = seconds[name], f"{seconds['floor'] / seconds[name]:.0%}" if "floor" in seconds else ""
+        print(f"{name:38}{now:8.3f}{now / seconds[first]:8.2f}{floor:>8}{peak:9.0f}{peak / peaks[first]:8.3f}")
 
 
 def record(suite: str, row: dict[str, Any]) -> None:

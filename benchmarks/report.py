@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS
+from measure import RESULTS, medians
 
 from hf_distill.evaluation.tables import markdown_table
 
@@ -31,20 +31,20 @@ def load(suite: str) -> list[Row]:
 
 def section(suite: str, row: Row) -> str:
     """One table: the first case is the reference of the ratios."""
-    fastest, peaks = {name: min(turns) for name, turns in row["seconds"].items()}, row["peak_mb"]
+    seconds, peaks = medians(row), row["peak_mb"]
     first = next(iter(peaks))
     columns = ["", "seconds", "ratio", "peak (MB)", "ratio"]
-    columns += ["floor"] * ("floor" in fastest)
+    columns += ["floor"] * ("floor" in seconds)
     cells = []
     for name, peak in peaks.items():
-        cell = [name, round(fastest[name], 3), round(fastest[name] / fastest[first], 2)]
+        cell = [name, round(seconds[name], 3), round(seconds[name] / seconds[first], 2)]
         cell += [round(peak), round(peak / peaks[first], 3)]
-        cells.append(cell + [f"{fastest['floor'] / fastest[name]:.0%}"] * ("floor" in fastest))
+        cells.append(cell + [f"{seconds['floor'] / seconds[name]:.0%}"] * ("floor" in seconds))
     setting = ", ".join(f"{key} {value}" for key, value in row["setting"].items())
     turns = len(row["seconds"][first])
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     notes = [
-        f"`{row['command']}`: {setting}; fastest of {turns} turns on {row['threads']} threads.",
+        f"`{row['command']}`: {setting}; median of {turns} turns on {row['threads']} threads.",
         f"{row['machine']['gpu'] or row['machine']['cpu']}, {versions}.",
     ]
     return "\n".join([f"### {suite}, {row['preset']}", "", *notes, "", markdown_table(columns, cells)])
@@ -64,7 +64,7 @@ def plot_growth(rows: list[Row]) -> None:
         tokens = [row["setting"]["tokens"] for row in same]
         for name in same[0]["peak_mb"]:
             label = f"{name}, V={vocabulary:,}"
-            axes[0].plot(tokens, [min(row["seconds"][name]) for row in same], marker="o", label=label)
+            axes[0].plot(tokens, [medians(row)[name] for row in same], marker="o", label=label)
             axes[1].plot(tokens, [row["peak_mb"][name] for row in same], marker="o", label=label)
     for axis, title in zip(axes, ("seconds, forward and backward", "peak over the inputs (MB)"), strict=True):
         axis.set(title=title, xlabel="tokens", xscale="log", yscale="log")

@@ -4,7 +4,7 @@
     python benchmarks/run.py growth [--tokens 256 1024 4096] [--vocabularies 32000 128256] [--write]
     python benchmarks/run.py step [--write]
 
-Cases take turns in one process, and the fastest turn of each counts; peaks come from a process each. `--write` adds
+Cases take turns in one process, and the median turn of each counts; peaks come from a process each. `--write` adds
 the rows to benchmarks/results, from which `report.py` makes the tables. Liger is measured where it is installed:
 `pip install --no-deps liger-kernel==0.8.5`.
 """

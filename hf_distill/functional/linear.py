@@ -164,6 +164,12 @@ class _Pass:
         if self.grad_hidden is not None:
             self.grad_hidden = self.grad_hidden.mul_(factor).to(hidden.dtype)
         if self.grad_weight is not None:
-            self.grad_weight = self.grad_weight.mul_(factor).to(head.weight.dtype)
+            self.grad_weight = self._result(self.grad_weight.mul_(factor), head.weight.dtype)
         if self.grad_bias is not None and head.bias is not None:
             self.grad_bias = self.grad_bias.mul_(factor).to(head.bias.dtype)
+
+    def _result(self, grad_weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient in its final dtype, in the buffer of the products where that fits: it has served."""
+        if self._product is not None and self._product.dtype == dtype:
+            return self._product.copy_(grad_weight)
+        return grad_weight.to(dtype)
