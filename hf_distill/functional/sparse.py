@@ -12,7 +12,7 @@ from torch import Tensor
 class SparseLogits:
     """A teacher's next-token distribution at K ids per token, and exact facts about the rest.
 
-    With l the log-probabilities at T = 1, the distribution at a temperature is `p_T = exp(l / T - log_normalisers[T])`.
+    With l the log-probabilities at T = 1, those at a temperature are `l / T - log_normalisers[T]`.
 
     Args:
         ids: `[N, K]` int64, distinct within a row but for unused slots, which hold any id.
