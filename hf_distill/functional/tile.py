@@ -87,33 +87,41 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def normalise_(logits: Tensor, probs: Tensor) -> None:
+def normalise_(logits: Tensor, probs: Tensor, top: Tensor | None = None) -> None:
     """Turn `logits` `[n, V]` into log-probabilities in place and write the probabilities to `probs`.
 
-    Four light passes: half the time of torch.log_softmax and exp on a CPU. Log-probabilities of -inf become the
-    smallest finite number, so that 0 * log 0 = 0 holds by itself in everything that follows.
+    A few light passes: half the time of torch.log_softmax and exp on a CPU. Log-probabilities of -inf become the
+    smallest finite number, so that 0 * log 0 = 0 holds by itself in everything that follows. `top` is the greatest
+    logit of each row, `[n, 1]`, where it is known.
     """
-    logits.sub_(logits.amax(-1, keepdim=True))
+    normalise_shifted_(logits.sub_(logits.amax(-1, keepdim=True) if top is None else top), probs)
+
+
+def normalise_shifted_(logits: Tensor, probs: Tensor) -> None:
+    """As `normalise_`, for logits whose exponentials can be added up as they are."""
     torch.exp(logits, out=probs)
     total = probs.sum(-1, keepdim=True)
     probs.div_(total)
     logits.sub_(total.log_()).clamp_(min=torch.finfo(logits.dtype).min)
 
 
-def first_argmax(values: Tensor, block: int = 256) -> Tensor:
-    """`values.argmax(-1)` for `[n, V]`, by blocks of columns: many times faster on a CPU, where amax is vectorised."""
+def first_max(values: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
+    """`values.max(-1, keepdim=True)` and its first index, `[n, 1]` each, for `[n, V]`.
+
+    By blocks of columns: many times faster than `max` on a CPU, where only amax is vectorised.
+    """
     width = values.shape[1]
     whole = width - width % block
     if whole == 0:
-        return values.argmax(-1)
-    tops = values[:, :whole].unflatten(1, (-1, block)).amax(-1)
-    best, where = tops.max(-1)
+        return values.max(-1, keepdim=True)
+    best, where = values[:, :whole].unflatten(1, (-1, block)).amax(-1).max(-1, keepdim=True)
     start = where * block
-    inside = values.gather(1, start[:, None] + torch.arange(block, device=values.device)).argmax(-1)
-    if whole == width:
-        return start + inside
-    rest, rest_where = values[:, whole:].max(-1)
-    return torch.where(rest > best, whole + rest_where, start + inside)
+    index = start + values.gather(1, start + torch.arange(block, device=values.device)).argmax(-1, keepdim=True)
+    if whole < width:
+        rest, rest_where = values[:, whole:].max(-1, keepdim=True)
+        index = torch.where(rest > best, whole + rest_where, index)
+        best = torch.maximum(best, rest)
+    return best, index
 
 
 class TileLoss:
@@ -208,12 +216,13 @@ class TileLoss:
         slope = None
         if softcap is not None:  # of the softcap: 1 - tanh^2
             slope = torch.square(student, out=self._buffer("slope", *student.shape)).div_(-(softcap**2)).add_(1)
-        values = {} if teacher is None else self._agreement(student, teacher)
+        values: dict[str, Tensor] = {}
+        tops = (None, None) if teacher is None else self._compare_tops(values, student, teacher)
         q = p = None
         if self._full_student:
-            q = self._normalise_at_one("student", values, student, labels)
+            q = self._normalise_at_one("student", values, student, labels, tops[0])
         if teacher is not None and self._full_teacher:
-            p = self._normalise_at_one("teacher", values, teacher, labels)
+            p = self._normalise_at_one("teacher", values, teacher, labels, tops[1])
         tile = None
         if teacher is not None and "kl" in self.recipe.metrics:
             tile = self._tile(student, teacher, q, p, 1.0)
@@ -246,16 +255,24 @@ class TileLoss:
             pull.mul_(self._weights[at, None])
         gradient.copy_(pull)
 
-    def _agreement(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    def _compare_tops(
+        self, values: dict[str, Tensor], student: Tensor, teacher: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Add the agreement where it is asked for; the greatest logits of each side, where they were looked for."""
         if "top1_agreement" not in self.recipe.metrics:
-            return {}
-        same = first_argmax(student[:, : self.shared]) == first_argmax(teacher[:, : self.shared])
-        return {"top1_agreement": same}
+            return None, None
+        sides = student, teacher
+        (top_q, choice), (top_p, teacher_choice) = (first_max(side[:, : self.shared]) for side in sides)
+        values["top1_agreement"] = (choice == teacher_choice).squeeze(1)
+        whole_q, whole_p = (side.shape[1] == self.shared for side in sides)
+        return top_q if whole_q else None, top_p if whole_p else None
 
-    def _normalise_at_one(self, side: str, values: dict[str, Tensor], logits: Tensor, labels: Tensor) -> Tensor:
+    def _normalise_at_one(
+        self, side: str, values: dict[str, Tensor], logits: Tensor, labels: Tensor, top: Tensor | None
+    ) -> Tensor:
         """Softmax over the whole width at T = 1; adds the side's likelihood, and its entropy where asked for."""
         probs = self._buffer(f"{side}_probs", *logits.shape)
-        normalise_(logits, probs)
+        normalise_(logits, probs, top)
         values[f"{side}_nll"] = -logits.gather(1, labels).squeeze(1)
         if f"{side}_entropy" in self.recipe.metrics:
             values[f"{side}_entropy"] = -torch.linalg.vecdot(probs, logits)
@@ -266,11 +283,14 @@ class TileLoss:
         sides: list[Tensor] = []
         for side, logits, probs in (("q", student, q), ("p", teacher, p)):
             shared = logits[:, : self.shared]
-            if probs is None or temperature != 1.0 or probs.shape != shared.shape:
+            normalised = probs is not None and probs.shape == shared.shape
+            if probs is None or not normalised or temperature != 1.0:
                 if temperature != 1.0:
                     shared.mul_(1 / temperature)
                 probs = self._buffer(side, *shared.shape)
-                normalise_(shared, probs)
+                # Log-probabilities over T >= 1 have exponentials that add up to between 1 and V.
+                normalise = normalise_shifted_ if normalised and temperature >= 1.0 else normalise_
+                normalise(shared, probs)
             sides += [shared, probs]
         log_q, q, log_p, p = sides
         return Tile(log_q, q, log_p, p, spare=partial(self._buffer, rows=student.shape[0], width=self.shared))
