@@ -304,3 +304,37 @@ def test_the_greatest_by_blocks_is_the_first_of_the_greatest(width):
     best, index = first_max(values)
     assert index.squeeze(1).tolist() == values.argmax(-1).tolist()
     assert torch.equal(best, values.amax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("student_extra", "temperature"), [(0.0, 0.05), (300.0, 2.0)], ids=["low temperature", "more than is shared"]
+)
+def test_no_softmax_overflows_or_vanishes(student_extra, temperature):
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = (torch.rand(6, 1, generator=generator) for _ in range(2))
+    hidden.requires_grad_()
+    # 500 nearly equal columns: log-probabilities near -6. The student may have two more, which outweigh them.
+    weight, teacher_weight = (torch.rand(500, 1, generator=generator) * 0.1 for _ in range(2))
+    bias = torch.cat([torch.zeros(500), torch.full((2,), student_extra)])
+    head = LMHead(torch.cat([weight, torch.zeros(2, 1)]), bias) if student_extra else LMHead(weight)
+    labels = torch.arange(6)
+
+    def loss(dtype):
+        def cast(head):
+            return LMHead(head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype))
+
+        return linear_distillation_loss(
+            hidden.to(dtype),
+            cast(head),
+            labels,
+            teacher_hidden=teacher_hidden.to(dtype),
+            teacher_head=cast(LMHead(teacher_weight)),
+            temperature=temperature,
+            metrics=METRICS,
+        )
+
+    out, exact = loss(torch.float32), loss(torch.float64)
+    (gradient,), (exact_gradient,) = (torch.autograd.grad(each.loss, hidden) for each in (out, exact))
+    torch.testing.assert_close(out.parts["forward_kl"].double(), exact.parts["forward_kl"], rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(out.metrics["kl"].double(), exact.metrics["kl"], rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(gradient, exact_gradient, rtol=1e-2, atol=1e-5)
