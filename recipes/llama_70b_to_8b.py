@@ -64,7 +64,8 @@ def main(recipe: Recipe, args: KDSFTConfig) -> None:
     )  # fmt: skip
     trainer.train()
     held_out = trainer.eval_dataset
-    print(trainer.evaluate_retention([Perplexity(held_out), KLDivergence(held_out), Top1Agreement(held_out)]))
+    report = trainer.evaluate_retention([Perplexity(held_out), KLDivergence(held_out), Top1Agreement(held_out)])
+    trainer.accelerator.print(report)
     trainer.save_model()
     trainer.create_model_card(dataset_name=None if recipe.rehearse else recipe.dataset)
     if args.push_to_hub:
