@@ -106,8 +106,9 @@ def trained(trainer) -> dict[str, torch.Tensor]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     features = getattr(trainer, "_features", torch.nn.Module())  # a trainer without a teacher has none
     owned = {f"objective.{name}": value for name, value in features.named_parameters()}
-    weights = dict(model.named_parameters()) | owned
-    return {name: value.detach().clone() for name, value in weights.items() if value.requires_grad}
+    weights = {name: value for name, value in (dict(model.named_parameters()) | owned).items() if value.requires_grad}
+    whole = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in weights.items()}
+    return {name: value.detach().clone() for name, value in whole.items()}
 
 
 def logged(trainer, key: str) -> list[float]:
@@ -122,13 +123,15 @@ def main() -> None:
         trainer = make_trainer(output_dir=folder / "run", **kind, **settings)
         trainer.train()
         metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        weights = trained(trainer)  # every rank holds a part of sharded ones
         if trainer.is_world_process_zero():
             report = {
                 "history": trainer.state.log_history,
                 "eval": metrics,
                 "world": trainer.accelerator.num_processes,
+                "kind": str(trainer.accelerator.distributed_type.value),
             }
-            torch.save({"weights": trained(trainer), "report": report}, folder / f"{name}.pt")
+            torch.save({"weights": weights, "report": report}, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":

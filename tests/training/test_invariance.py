@@ -54,30 +54,56 @@ def test_the_cut_of_the_batch_changes_neither_losses_nor_student(name, tmp_path)
         assert_same_weights(weights, runs[0][1])
 
 
+# What accelerate shards layer by layer; parameters of objectives are refused there.
+SHARDED = {"KDTrainer": {"kind": "kd"}, "KDSFTTrainer-attention": {"kind": "sft", "attention_weight": 2.0}}
+FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """What two gloo ranks, started once by `accelerate launch`, give for every kind."""
-    folder = tmp_path_factory.mktemp("two_ranks")
+    """What two gloo ranks give for every kind."""
+    return launched(tmp_path_factory.mktemp("two_ranks"), KINDS, "tests.training.runs")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """What two gloo ranks give that hold half of every weight, of the student and of the teacher."""
+    return launched(tmp_path_factory.mktemp("sharded"), SHARDED, "tests.training.sharded_runs", *FSDP2)
+
+
+def launched(folder, kinds, module, *flags):
+    """Start two ranks by `accelerate launch` and read what every kind gave."""
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
     launch = [
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--multi_gpu",  # with --cpu accelerate starts one process, whatever their number; the config keeps to the CPU
+        # With --cpu accelerate starts one process, whatever their number; the config keeps to the CPU.
+        *(flags or ["--multi_gpu"]),
         "--num_processes",
         "2",
         "--num_machines",
         "1",
     ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    script = ["-m", "tests.training.runs", str(folder), json.dumps(settings), json.dumps(KINDS)]
+    script = ["-m", module, str(folder), json.dumps(settings), json.dumps(kinds)]
     subprocess.run([*launch, *script], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return {name: torch.load(folder / f"{name}.pt") for name in KINDS}
+    return {name: torch.load(folder / f"{name}.pt") for name in kinds}
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_two_ranks_train_and_evaluate_as_one(name, two_ranks, tmp_path):
-    report = two_ranks[name]["report"]
+    assert_as_one_process(name, two_ranks[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_ranks_of_fsdp2_train_and_evaluate_as_one(name, sharded, tmp_path):
+    assert sharded[name]["report"]["kind"] == "FSDP"
+    assert_as_one_process(name, sharded[name], tmp_path)
+
+
+def assert_as_one_process(name, run, tmp_path) -> None:
+    report = run["report"]
     assert report["world"] == 2
     cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     one = make_trainer(output_dir=tmp_path, **KINDS[name], **cut, max_steps=2)
@@ -85,7 +111,7 @@ def test_two_ranks_train_and_evaluate_as_one(name, two_ranks, tmp_path):
     for key in keys_of(name):
         values = [entry[key] for entry in report["history"] if key in entry]
         assert values == pytest.approx(logged(one, key), rel=1e-5, abs=1e-5), key
-    assert_same_weights(two_ranks[name]["weights"], trained(one))
+    assert_same_weights(run["weights"], trained(one))
     if one.eval_dataset is None:  # a callback leaves evaluation to its trainer
         return
     # Five rows on two ranks: the sampler repeats some, and none may be counted twice.
