@@ -9,6 +9,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from hf_distill.functional.sparse import SparseLogits
+
 
 IGNORE_INDEX = -100
 
@@ -287,12 +289,13 @@ class TeacherSignals:
     """What a teacher gives for one batch; fields that were not needed are None or empty.
 
     Args:
-        logits: Projection with hidden `[B, S, H_t]` (language models) or `[B, C]` (classifiers).
+        logits: Projection with hidden `[B, S, H_t]` (language models) or `[B, C]` (classifiers), or sparse targets of
+            the B * S positions of the flattened batch, in which those without a label hold anything.
         hidden: By layer `[B, S, H_t]`; layers count as in `StudentSignals`.
         attention: By layer, for whole sequences.
     """
 
-    logits: Projection | None = None
+    logits: Projection | SparseLogits | None = None
     hidden: HiddenStates = field(default_factory=dict)
     attention: Attention = field(default_factory=dict)
 

@@ -14,9 +14,10 @@ from hf_distill.functional.divergences import (
 )
 from hf_distill.functional.fused import LinearLossOutput, linear_distillation_loss
 from hf_distill.functional.head import LMHead
+from hf_distill.functional.recipe import METRICS
 from hf_distill.functional.reduce import reduce_sum
 from hf_distill.functional.registry import DIVERGENCES, BoundDivergence, Divergence, resolve_divergence
-from hf_distill.functional.tile import METRICS
+from hf_distill.functional.sparse import SparseLogits
 
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Divergence",
     "LMHead",
     "LinearLossOutput",
+    "SparseLogits",
     "adaptive_kl",
     "forward_kl",
     "jsd",

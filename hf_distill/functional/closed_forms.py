@@ -3,7 +3,7 @@
 With q = softmax(z / T), every divergence D(q, p) has the gradient `dD/dz = (w - q * sum(w)) / T`, `w = q * dD/dq`.
 So each function here returns D and adds `factor * w` to the `pull` that all terms share, and the row sums of it; one
 last pass over the tile turns the pull of all terms together into the gradient. A constant in dD/dq drops out and is
-left out. The log-probability of an impossible token is finite here (see `tile.normalise_`):
+left out. The log-probability of an impossible token is finite here (see `TileLoss`):
 0 * log 0 = 0 needs no mask.
 
 Arguments of every function: the tile, `pull` `[n, V]` (None where no gradient is wanted), the factor of the term, and
@@ -16,11 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hf_distill.functional.divergences import adaptive_weights, log_interpolated
+
+
+if TYPE_CHECKING:
+    from hf_distill.functional.registry import BoundDivergence
 
 
 Result = tuple[Tensor, Tensor | float]
@@ -60,6 +65,14 @@ class Tile:
     def reverse_kl(self) -> Tensor:
         """KL(q || p), `[n]`."""
         return -torch.linalg.vecdot(self.q, self.gap)
+
+    def evaluate(self, divergence: BoundDivergence, pull: Tensor | None, factor: float) -> Result:
+        """The value of a divergence and the row sums of what it adds to `pull`."""
+        return divergence.in_closed_form(self, pull, factor)
+
+    def complete_(self, pull: Tensor, row_sum: Tensor) -> None:
+        """Turn `pull` into the gradient, given the row sums `[n, 1]` of all pulls."""
+        pull.addcmul_(self.q, row_sum, value=-1)
 
     def mixture(self, share_of_p: float) -> Tensor:
         """`share_of_p * p + (1 - share_of_p) * q`, never quite 0, in the buffer "mixture"."""

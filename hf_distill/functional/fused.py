@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_distill.functional.dense_tile import statistics_dtype
 from hf_distill.functional.head import LMHead
 from hf_distill.functional.linear import LinearJob, linear_loss
+from hf_distill.functional.recipe import Recipe, Terms, resolve_recipe
 from hf_distill.functional.reduce import reciprocal, reduce_sum
-from hf_distill.functional.tile import Recipe, Terms, resolve_recipe, statistics_dtype, tile_loss
+from hf_distill.functional.sparse import SparseLogits, check_targets
+from hf_distill.functional.tile import TeacherRows, tile_loss
 
 
 # The layers below `signals` cannot import it; the value is PyTorch's own convention.
@@ -25,6 +29,7 @@ FROZEN_CHUNK_BYTES = 96 * 2**20
 
 Head = LMHead | Callable[[Tensor], Tensor]
 Projection = tuple[Tensor, Head]
+Teacher: TypeAlias = Projection | SparseLogits | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ def linear_distillation_loss(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
+    teacher_targets: SparseLogits | None = None,
     terms: Terms | None = None,
     temperature: float = 2.0,
     denominator: int | float | Tensor | None = None,
@@ -65,6 +71,12 @@ def linear_distillation_loss(
     first `min(V_s, V_t)` tokens; cross-entropy, likelihoods and entropies use each model's full width. A batch without
     labelled tokens gives a zero that still reaches the hidden states and the head, so that distributed ranks agree on
     what takes part in backward. Nothing flows back into the teacher.
+
+    `teacher_targets` take the place of a teacher's hidden states and head. Where they hold sampled masses,
+    `forward_kl`, `soft_cross_entropy` and the metric `kl` are estimates that are right on average, in value and in
+    gradient (random sampling KD, arXiv 2503.16870). Otherwise both distributions are reduced to the ids and a bucket
+    of all other tokens: the value is at most that over the vocabulary, and equal where the ids are all of it. `taid`
+    and `adaptive_kl` are made from every probability and refused.
 
     Example:
         >>> out = linear_distillation_loss(
@@ -80,6 +92,8 @@ def linear_distillation_loss(
         labels: `[N]` int64; -100 is ignored.
         teacher_hidden: `[N, H_t]`; needed as soon as a term or metric looks at the teacher.
         teacher_head: As `student_head`.
+        teacher_targets: What is known of the teacher's distributions, one row for each label (those at -100 hold
+            anything), on the same device; instead of the two above. `temperature` must be one that they declare.
         terms: Name to weight, or to (weight, keyword arguments): "ce" and the names in `DIVERGENCES`. Default: half
             cross-entropy, half forward KL.
         temperature: Of the divergences (cross-entropy and metrics are at 1). Terms that scale with it get T^2.
@@ -92,30 +106,42 @@ def linear_distillation_loss(
             "target_entropy", that of its target.
 
     Raises:
-        ValueError: For shapes that do not fit, a missing teacher, labels outside the vocabulary, negative token
-            weights, and everything in `resolve_recipe`. Labels and weights are checked together with the number of
-            labelled rows, which has to come back from the device anyway: no extra synchronisation.
+        ValueError: For shapes that do not fit, a missing teacher, labels outside the vocabulary or other than those of
+            `teacher_targets`, negative token weights, and everything in `resolve_recipe` and `check_targets`. Labels
+            and weights are checked together with the number of labelled rows, which has to come back from the device
+            anyway: no extra synchronisation.
     """
     recipe = resolve_recipe({"ce": 0.5, "forward_kl": 0.5} if terms is None else terms, temperature, metrics)
-    teacher = _check_inputs(recipe, student_hidden, labels, teacher_hidden, teacher_head, token_weights)
-    widths = [vocabulary_of(student_head, student_hidden)] + (
-        [vocabulary_of(teacher[1], teacher[0])] if teacher else []
+    _check_shapes(student_hidden, labels, token_weights)
+    teacher = _check_teacher(recipe, labels, teacher_hidden, teacher_head, teacher_targets)
+    widths = [vocabulary_of(student_head, student_hidden)]
+    if isinstance(teacher, tuple):
+        widths.append(vocabulary_of(teacher[1], teacher[0]))
+    index, count = _labelled_rows(
+        labels,
+        token_weights,
+        width=min(widths) if "teacher_nll" in metrics else widths[0],
+        expected=teacher.labels if isinstance(teacher, SparseLogits) else None,
     )
-    index, count = _labelled_rows(labels, token_weights, widths[0], widths[-1] if "teacher_nll" in metrics else None)
     weights = None if token_weights is None else token_weights.detach()
     if index is not None:
         student_hidden, labels = student_hidden.index_select(0, index), labels.index_select(0, index)
-        teacher = (teacher[0].index_select(0, index), teacher[1]) if teacher else None
+        if isinstance(teacher, SparseLogits):
+            teacher = teacher.at(index)
+        elif teacher is not None:
+            teacher = teacher[0].index_select(0, index), teacher[1]
         weights = None if weights is None else weights.index_select(0, index)
 
     row_bytes = sum(widths) * student_hidden.element_size()
     rows = chunk_rows(count, row_bytes, chunk_bytes, trained_head=is_trained(student_head))
     number = torch.tensor(count, device=labels.device)
     divisor = number if weights is None else weights.sum()
-    plain_teacher = (teacher[0], teacher[1]) if teacher and isinstance(teacher[1], LMHead) else None
-    if isinstance(student_head, LMHead) and (teacher is None or plain_teacher is not None):
+    plain: tuple[Tensor, LMHead] | SparseLogits | None = None if isinstance(teacher, tuple) else teacher
+    if isinstance(teacher, tuple) and isinstance(teacher[1], LMHead):
+        plain = teacher[0], teacher[1]
+    if isinstance(student_head, LMHead) and (teacher is None or plain is not None):
         factor = reciprocal(denominator, divisor, statistics_dtype(student_head.weight.dtype))
-        job = LinearJob(recipe, labels, student_head, plain_teacher, weights, rows, factor)
+        job = LinearJob(recipe, labels, student_head, plain, weights, rows, factor)
         loss, sums = linear_loss(job, student_hidden)
     else:
         total, sums = _checkpointed_sum(recipe, (student_hidden, student_head), teacher, labels, weights, rows)
@@ -129,15 +155,7 @@ def linear_distillation_loss(
     )
 
 
-def _check_inputs(
-    recipe: Recipe,
-    student_hidden: Tensor,
-    labels: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Head | None,
-    token_weights: Tensor | None,
-) -> tuple[Tensor, Head] | None:
-    """Check shapes; return the teacher's detached hidden states and head, or None where nothing looks at them."""
+def _check_shapes(student_hidden: Tensor, labels: Tensor, token_weights: Tensor | None) -> None:
     if student_hidden.dim() != 2 or labels.shape != student_hidden.shape[:1]:
         raise ValueError(
             f"`student_hidden` must be [N, H] and `labels` [N], got {list(student_hidden.shape)} and "
@@ -145,14 +163,36 @@ def _check_inputs(
         )
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(f"`token_weights` must be {list(labels.shape)}, got {list(token_weights.shape)}.")
+
+
+def _check_teacher(
+    recipe: Recipe, labels: Tensor, hidden: Tensor | None, head: Head | None, targets: SparseLogits | None
+) -> Teacher:
+    """Check that there is one teacher; return its detached form, or None where nothing looks at it."""
     if not recipe.needs_teacher:
         return None
-    if teacher_hidden is None or teacher_head is None:
-        missing = "teacher_hidden" if teacher_hidden is None else "teacher_head"
-        raise ValueError(f"`{missing}` is missing, but these terms or metrics compare with the teacher.")
-    if teacher_hidden.dim() != 2 or teacher_hidden.shape[0] != labels.shape[0]:
-        raise ValueError(f"`teacher_hidden` must be [{labels.shape[0]}, H_t], got {list(teacher_hidden.shape)}.")
-    return teacher_hidden.detach(), teacher_head
+    if targets is not None and (hidden is not None or head is not None):
+        raise ValueError(
+            "`teacher_targets` and `teacher_hidden` or `teacher_head` are given; pass either the targets, or hidden "
+            "states with their head."
+        )
+    if targets is not None:
+        check_targets(targets, recipe)
+        if len(targets) != len(labels) or targets.labels.device != labels.device:
+            raise ValueError(
+                f"`teacher_targets` must hold {len(labels)} tokens on {labels.device}, one for each label (also for "
+                f"those at -100), got {len(targets)} on {targets.labels.device}."
+            )
+        return targets
+    if hidden is None or head is None:
+        missing = "teacher_hidden" if hidden is None else "teacher_head"
+        raise ValueError(
+            f"`{missing}` is missing, but these terms or metrics compare with the teacher: pass it, or "
+            "`teacher_targets`."
+        )
+    if hidden.dim() != 2 or hidden.shape[0] != labels.shape[0]:
+        raise ValueError(f"`teacher_hidden` must be [{labels.shape[0]}, H_t], got {list(hidden.shape)}.")
+    return hidden.detach(), head
 
 
 def vocabulary_of(head: Head, hidden: Tensor) -> int:
@@ -164,18 +204,25 @@ def vocabulary_of(head: Head, hidden: Tensor) -> int:
 
 
 def _labelled_rows(
-    labels: Tensor, token_weights: Tensor | None, student_width: int, teacher_width: int | None
+    labels: Tensor, token_weights: Tensor | None, width: int, expected: Tensor | None
 ) -> tuple[Tensor | None, int]:
     """Indices of the labelled rows (None where all are) and their number, with one read from the device."""
     kept = labels != IGNORE_INDEX
-    width = student_width if teacher_width is None else min(student_width, teacher_width)
     outside = kept & ((labels < 0) | (labels >= width))
     negative = kept if token_weights is None else kept & ~(token_weights >= 0)
-    count, bad, light = torch.stack([kept.sum(), outside.sum(), negative.sum()]).tolist()
+    other = kept if expected is None else kept & (labels != expected)
+    count, bad, light, strange = torch.stack([kept.sum(), outside.sum(), negative.sum(), other.sum()]).tolist()
     if bad:
         raise ValueError(
             f"{bad} labels lie outside the vocabulary [0, {width}), the first being "
             f"{int(labels[outside][0])}; -100 marks tokens to ignore. Check that the tokenizer belongs to the model."
+        )
+    if expected is not None and strange:
+        row = int(other.nonzero()[0])
+        raise ValueError(
+            f"`labels` and `teacher_targets` belong to different tokens: {strange} of {count} labels differ, the "
+            f"first in row {row}: {int(labels[row])} and {int(expected[row])}. Look the targets up by the same input "
+            "ids, and shift both alike."
         )
     if token_weights is not None and light:
         raise ValueError(f"`token_weights` must be >= 0; {light} labelled tokens have a negative or NaN weight.")
@@ -197,23 +244,19 @@ def chunk_rows(count: int, bytes_per_row: int, chunk_bytes: int | None, *, train
 
 
 def _checkpointed_sum(
-    recipe: Recipe,
-    student: Projection,
-    teacher: Projection | None,
-    labels: Tensor,
-    weights: Tensor | None,
-    rows: int,
+    recipe: Recipe, student: Projection, teacher: Teacher, labels: Tensor, weights: Tensor | None, rows: int
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum (differentiable) and the detached sums of the recipe for any heads: backward projects again."""
 
+    def teacher_rows(part: slice) -> TeacherRows:
+        if not isinstance(teacher, tuple):
+            return None if teacher is None else teacher.at(part)
+        with torch.no_grad():
+            return teacher[1](teacher[0][part])
+
     def of_chunk(hidden: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        teacher_logits = None
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_logits = teacher[1](teacher[0][part])
-        return tile_loss(
-            recipe, student[1](hidden), teacher_logits, labels[part], None if weights is None else weights[part]
-        )
+        logits = student[1](hidden)
+        return tile_loss(recipe, logits, teacher_rows(part), labels[part], None if weights is None else weights[part])
 
     # Zero rows give a zero with a path to everything the head owns, also where the loop below does not run.
     total = student[1](student[0][:0]).sum(dtype=statistics_dtype(student[0].dtype))

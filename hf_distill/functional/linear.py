@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_distill.functional.dense_tile import statistics_dtype
 from hf_distill.functional.head import LMHead
-from hf_distill.functional.tile import Recipe, TileLoss, refuse_double_backward, statistics_dtype
+from hf_distill.functional.recipe import Recipe
+from hf_distill.functional.sparse import SparseLogits
+from hf_distill.functional.tile import TileLoss, refuse_double_backward
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class LinearJob:
         recipe: Terms and metrics.
         labels: `[N]`, inside the vocabulary.
         student_head: Its weight and bias are passed to autograd separately.
-        teacher: Hidden states `[N, H_t]` and head, or None.
+        teacher: Hidden states `[N, H_t]` and head, or sparse targets, or None.
         token_weights: `[N]` or None.
         rows: Rows per chunk.
         factor: One over the denominator, 0-dim, in the dtype of the statistics.
@@ -29,7 +32,7 @@ class LinearJob:
     recipe: Recipe
     labels: Tensor
     student_head: LMHead
-    teacher: tuple[Tensor, LMHead] | None
+    teacher: tuple[Tensor, LMHead] | SparseLogits | None
     token_weights: Tensor | None
     rows: int
     factor: Tensor
@@ -94,7 +97,13 @@ class _Projector:
         self.hidden = hidden.detach().to(self.head.weight.dtype)
         self._products = self.hidden.new_empty(rows, self.head.weight.shape[0])
 
-    def __call__(self, part: slice) -> Tensor:
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the products."""
+        return self.head.weight.shape[0]
+
+    def at(self, part: slice) -> Tensor:
+        """The products of some rows, which the next call overwrites."""
         hidden = self.hidden[part]
         out = self._products[: hidden.shape[0]]
         if self.head.bias is None:
@@ -107,29 +116,31 @@ class _Pass:
 
     def __init__(self, job: LinearJob, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
         student = _Projector(hidden, job.student_head, job.rows)
-        teacher = None if job.teacher is None else _Projector(*job.teacher, job.rows)
+        teacher = _Projector(*job.teacher, job.rows) if isinstance(job.teacher, tuple) else job.teacher
         self._start_gradients(student, needs)
         # The projectors have taken autocast's dtype; the statistics must not.
         with torch.autocast(hidden.device.type, enabled=False):
             self._run(job, student, teacher, any(needs))
             self._finish_gradients(hidden, job)
 
-    def _run(self, job: LinearJob, student: _Projector, teacher: _Projector | None, differentiate: bool) -> None:
+    def _run(
+        self, job: LinearJob, student: _Projector, teacher: _Projector | SparseLogits | None, differentiate: bool
+    ) -> None:
         count = job.labels.numel()
         tiles = TileLoss(
             job.recipe,
             count,
-            widths=(student.head.weight.shape[0], (teacher or student).head.weight.shape[0]),
+            widths=(student.vocab_size, (student if teacher is None else teacher).vocab_size),
             like=student.hidden,
             token_weights=job.token_weights,
             student_head=student.head,
-            teacher_head=teacher.head if teacher else None,
+            teacher_head=teacher.head if isinstance(teacher, _Projector) else None,
         )
         for start in range(0, count, job.rows):
             part = slice(start, min(start + job.rows, count))
-            logits = student(part)
+            logits = student.at(part)
             gradient = logits if differentiate else None
-            tiles.add(start, logits, teacher(part) if teacher else None, job.labels[part], gradient)
+            tiles.add(start, logits, None if teacher is None else teacher.at(part), job.labels[part], gradient)
             if gradient is not None:
                 self._add_gradients(student, part, gradient)
         self.sums = tiles.sums()

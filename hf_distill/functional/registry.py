@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_distill.functional import closed_forms
@@ -53,6 +54,10 @@ class Divergence:
         paper: Where it comes from, as an arXiv id.
         parameters: Keyword arguments besides `temperature`, each with its allowed values.
         scales_with_temperature: Whether the term is multiplied by T^2, so that its gradient keeps its size as T grows.
+        from_cross_entropy: The value from `-sum p log q` and the entropy of p, for those divergences that are no more
+            than that: an estimate of p that is right on average gives a value and a gradient that are.
+        whole_vocabulary: Whether its target or its weights are made from every p(v), so that adding some of them up
+            makes it another loss, not a lower bound of itself.
     """
 
     function: Callable[..., Tensor]
@@ -60,6 +65,8 @@ class Divergence:
     paper: str
     parameters: Mapping[str, Interval] = field(default_factory=dict)
     scales_with_temperature: bool = True
+    from_cross_entropy: Callable[[Tensor, Tensor], Tensor] | None = None
+    whole_vocabulary: bool = False
 
     @property
     def name(self) -> str:
@@ -98,7 +105,7 @@ _SKEW = Interval(0, 1, open_high=True)
 DIVERGENCES: dict[str, Divergence] = {
     row.name: row
     for row in (
-        Divergence(forward_kl, closed_forms.forward_kl, paper="1503.02531"),
+        Divergence(forward_kl, closed_forms.forward_kl, paper="1503.02531", from_cross_entropy=torch.sub),
         Divergence(reverse_kl, closed_forms.reverse_kl, paper="2306.08543"),
         Divergence(symmetric_kl, closed_forms.symmetric_kl, paper="2402.03898", parameters={"weight": _UNIT}),
         Divergence(
@@ -109,10 +116,21 @@ DIVERGENCES: dict[str, Divergence] = {
         ),
         Divergence(skew_kl, closed_forms.skew_kl, paper="2402.03898", parameters={"skew": _SKEW}),
         Divergence(skew_reverse_kl, closed_forms.skew_reverse_kl, paper="2402.03898", parameters={"skew": _SKEW}),
-        Divergence(adaptive_kl, closed_forms.adaptive_kl, paper="2404.02657", parameters={"mass": _UNIT}),
+        Divergence(
+            adaptive_kl,
+            closed_forms.adaptive_kl,
+            paper="2404.02657",
+            parameters={"mass": _UNIT},
+            whole_vocabulary=True,
+        ),
         Divergence(tvd, closed_forms.tvd, paper="2307.15190", scales_with_temperature=False),
-        Divergence(soft_cross_entropy, closed_forms.soft_cross_entropy, paper="1503.02531"),
-        Divergence(taid, closed_forms.taid, paper="2501.16937", parameters={"t": _UNIT}),
+        Divergence(
+            soft_cross_entropy,
+            closed_forms.soft_cross_entropy,
+            paper="1503.02531",
+            from_cross_entropy=lambda cross_entropy, _: cross_entropy,
+        ),
+        Divergence(taid, closed_forms.taid, paper="2501.16937", parameters={"t": _UNIT}, whole_vocabulary=True),
     )
 }
 

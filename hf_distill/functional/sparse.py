@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+from hf_distill.functional.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class SparseLogits:
         label_log_probs: `[N]`, l of it.
         vocab_size: Columns that the teacher's logits had.
         knows_top: Whether the teacher's most likely token is always among the ids.
+
+    Raises:
+        ValueError: Neither `log_probs` nor `masses` is given, or a shape is not that of `ids`.
     """
 
     ids: Tensor
@@ -37,18 +44,123 @@ class SparseLogits:
     vocab_size: int
     knows_top: bool = True
 
+    def __post_init__(self) -> None:
+        if self.log_probs is None and self.masses is None:
+            raise ValueError("Both `log_probs` and `masses` are None; expected at least one of them, [N, K].")
+        for name in ("log_probs", "masses"):
+            values = getattr(self, name)
+            if values is not None and values.shape != self.ids.shape:
+                raise ValueError(f"`{name}` must be {list(self.ids.shape)} like `ids`, got {list(values.shape)}.")
+
     def __len__(self) -> int:
         return self.ids.shape[0]
 
+    @property
+    def known(self) -> Tensor:
+        """Which slots are used, `[N, K]` bool."""
+        if self.log_probs is not None:
+            return self.log_probs > -math.inf
+        assert self.masses is not None
+        return self.masses > 0
+
+    @property
+    def available_metrics(self) -> frozenset[str]:
+        """The teacher's metrics that `linear_distillation_loss` can compute from these targets."""
+        top = {"top1_agreement"} if self.knows_top and self.log_probs is not None else set()
+        return frozenset({"teacher_nll", "teacher_entropy", "kl"} | top)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures to which the distribution can be brought."""
+        if self.log_probs is None:
+            return (1.0,)
+        needed = [self.log_normalisers] + ([] if self.masses is None else [self.entropies])
+        declared = (t for t in self.log_normalisers if all(_key_near(values, t) is not None for values in needed))
+        return tuple(sorted({1.0, *declared}))
+
+    def log_probs_at(self, temperature: float) -> Tensor:
+        """Log-probabilities of the ids at one of `temperatures`, `[N, K]`, -inf in unused slots."""
+        assert self.log_probs is not None
+        key = _key_near(self.log_normalisers, temperature)
+        if key is None or key == 1.0:
+            return self.log_probs
+        return self.log_probs / key - self.log_normalisers[key][:, None]
+
+    def masses_at(self, temperature: float) -> Tensor:
+        """An estimate, as `masses`, of p at one of `temperatures`, `[N, K]`."""
+        assert self.masses is not None
+        if _key_near({1.0}, temperature) is not None:
+            return self.masses
+        assert self.log_probs is not None
+        tilt = (self.log_probs_at(temperature) - self.log_probs).exp()
+        return torch.where(self.log_probs > -math.inf, self.masses * tilt, 0.0)
+
+    def entropy_at(self, temperature: float) -> Tensor:
+        """The entropy at a temperature, `[N]`."""
+        key = _key_near(self.entropies, temperature)
+        assert key is not None
+        return self.entropies[key]
+
     def at(self, index: Tensor | slice) -> SparseLogits:
         """Keep some tokens: their numbers `[M]` int64, or a slice."""
+        if isinstance(index, Tensor):
+            index = index.to(self.ids.device)
+        return self._map(lambda values: values[index])
+
+    def to(self, like: Tensor) -> SparseLogits:
+        """The same on the device of a floating tensor, numbers that are not integers in its dtype."""
+        return self._map(lambda values: values.to(like.device, like.dtype if values.is_floating_point() else None))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SparseLogits:
         return replace(
             self,
-            ids=self.ids[index],
-            log_probs=None if self.log_probs is None else self.log_probs[index],
-            masses=None if self.masses is None else self.masses[index],
-            log_normalisers={t: values[index] for t, values in self.log_normalisers.items()},
-            entropies={t: values[index] for t, values in self.entropies.items()},
-            labels=self.labels[index],
-            label_log_probs=self.label_log_probs[index],
+            ids=function(self.ids),
+            log_probs=None if self.log_probs is None else function(self.log_probs),
+            masses=None if self.masses is None else function(self.masses),
+            log_normalisers={t: function(values) for t, values in self.log_normalisers.items()},
+            entropies={t: function(values) for t, values in self.entropies.items()},
+            labels=function(self.labels),
+            label_log_probs=function(self.label_log_probs),
+        )
+
+
+def _key_near(temperatures: Iterable[float], temperature: float) -> float | None:
+    """The one that is `temperature` but for rounding, or None."""
+    return next((known for known in temperatures if math.isclose(known, temperature, rel_tol=1e-6)), None)
+
+
+def check_targets(targets: SparseLogits, recipe: Recipe) -> None:
+    """Check that terms and metrics can be computed from sparse targets.
+
+    Raises:
+        ValueError: A divergence needs more of the teacher than was kept, or the temperature or a metric is not among
+            what was kept.
+    """
+    for bound in recipe.divergences:
+        name = bound.divergence.name
+        if bound.divergence.whole_vocabulary:
+            raise ValueError(
+                f"The divergence {name!r} looks at every probability of the teacher, and `teacher_targets` knows a "
+                "few; use another divergence, e.g. 'forward_kl', or a teacher that gives hidden states."
+            )
+        if targets.log_probs is None and bound.divergence.from_cross_entropy is None:
+            raise ValueError(
+                f"The divergence {name!r} needs log-probabilities, and `teacher_targets` has sampled masses only; use "
+                "'forward_kl', or a cache whose encoding keeps log-probabilities: 'topk' or 'topk_tail'."
+            )
+    temperature = recipe.temperature
+    if recipe.divergences and _key_near(targets.temperatures, temperature) is None:
+        fix = (
+            f"build the cache with them: build_cache(..., temperatures=(1.0, {temperature:g}))."
+            if targets.log_probs is not None
+            else "sampled masses hold at T = 1: set temperature=1.0, or take a cache whose encoding keeps "
+            "log-probabilities: 'topk' or 'topk_tail'."
+        )
+        raise ValueError(
+            f"`temperature` is {temperature:g}, and `teacher_targets` declares {list(targets.temperatures)}; {fix}"
+        )
+    if missing := sorted(set(recipe.teacher_metrics) - targets.available_metrics):
+        raise ValueError(
+            f"`metrics` asks for {missing}, which `teacher_targets` cannot tell; it gives "
+            f"{sorted(targets.available_metrics)}: leave the others out."
         )

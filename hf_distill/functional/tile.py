@@ -2,126 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hf_distill.functional.closed_forms import Tile
-from hf_distill.functional.divergences import check_temperature
+from hf_distill.functional.dense_tile import (
+    DenseBlock,
+    first_max_of_shared,
+    normalise_at_one_,
+    softmax_,
+    statistics_dtype,
+)
 from hf_distill.functional.head import LMHead
-from hf_distill.functional.registry import BoundDivergence, resolve_divergence, unknown_name
+from hf_distill.functional.recipe import Recipe
+from hf_distill.functional.sparse import SparseLogits
+from hf_distill.functional.sparse_tile import SparseBlock, SparseTeacher, SparseTile
 
 
-METRICS = ("student_nll", "teacher_nll", "top1_agreement", "kl", "student_entropy", "teacher_entropy")
-# Metrics that only one term can tell: the entropy of the distribution that the term moves the student to.
-TERM_METRICS = {"target_entropy": "taid"}
 # Elements of one buffer of a block of rows. On a CPU 4 MB, so that the passes over a block find it in the last cache.
 _CPU_BLOCK = 2**20
 _DEVICE_BLOCK = 2**24
+# Stands for the logit of an impossible token: its probability is 0, and 0 * log 0 = 0 holds by itself.
+_IMPOSSIBLE = -1e30
 
-Terms = Mapping[str, float | tuple[float, Mapping[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Term:
-    """One term of the loss; `divergence` is None for cross-entropy."""
-
-    name: str
-    weight: float
-    divergence: BoundDivergence | None
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What to compute from a tile of logits; `terms` and then `metrics` are the rows of its result."""
-
-    terms: tuple[Term, ...]
-    temperature: float
-    metrics: tuple[str, ...]
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any term or metric looks at the teacher."""
-        return any(term.divergence for term in self.terms) or bool(
-            set(self.metrics) - {"student_nll", "student_entropy"}
-        )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the rows of the result; a term and a metric may share a name."""
-        return tuple(term.name for term in self.terms) + self.metrics
-
-
-def resolve_recipe(terms: Terms, temperature: float, metrics: Sequence[str]) -> Recipe:
-    """Check the terms, the temperature and the metrics of a loss before any tensor is touched.
-
-    Raises:
-        ValueError: For unknown names (with near ones), negative or all-zero weights, or a temperature <= 0.
-    """
-    check_temperature(temperature)
-    resolved = []
-    for name, value in terms.items():
-        weight, kwargs = value if isinstance(value, tuple) else (value, {})
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"The weight of the term {name!r} must be a finite number >= 0, got {weight}.")
-        if name == "ce" and kwargs:
-            raise ValueError(f"The term 'ce' takes no keyword arguments, got {dict(kwargs)}.")
-        resolved.append(Term(name, float(weight), None if name == "ce" else resolve_divergence(name, kwargs)))
-    if not any(term.weight for term in resolved):
-        raise ValueError(
-            f"At least one term must have a positive weight, got {dict(terms)}. Set e.g. terms={{'forward_kl': 1.0}}."
-        )
-    for name in metrics:
-        if name not in METRICS and TERM_METRICS.get(name) not in terms:
-            raise unknown_name("metric", name, METRICS)
-    return Recipe(tuple(resolved), float(temperature), tuple(metrics))
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Precision of the softmax and of all sums: fp32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def normalise_(logits: Tensor, probs: Tensor, top: Tensor | None = None) -> None:
-    """Turn `logits` `[n, V]` into log-probabilities in place and write the probabilities to `probs`.
-
-    A few light passes: half the time of torch.log_softmax and exp on a CPU. Log-probabilities of -inf become the
-    smallest finite number, so that 0 * log 0 = 0 holds by itself in everything that follows. `top` is the greatest
-    logit of each row, `[n, 1]`, where it is known.
-    """
-    normalise_shifted_(logits.sub_(logits.amax(-1, keepdim=True) if top is None else top), probs)
-
-
-def normalise_shifted_(logits: Tensor, probs: Tensor) -> None:
-    """As `normalise_`, for logits whose exponentials can be added up as they are."""
-    torch.exp(logits, out=probs)
-    total = probs.sum(-1, keepdim=True)
-    probs.div_(total)
-    logits.sub_(total.log_()).clamp_(min=torch.finfo(logits.dtype).min)
-
-
-def first_max(values: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
-    """`values.max(-1, keepdim=True)` and its first index, `[n, 1]` each, for `[n, V]`.
-
-    By blocks of columns: many times faster than `max` on a CPU, where only amax is vectorised.
-    """
-    width = values.shape[1]
-    whole = width - width % block
-    if whole == 0:
-        return values.max(-1, keepdim=True)
-    best, where = values[:, :whole].unflatten(1, (-1, block)).amax(-1).max(-1, keepdim=True)
-    start = where * block
-    index = start + values.gather(1, start + torch.arange(block, device=values.device)).argmax(-1, keepdim=True)
-    if whole < width:
-        rest, rest_where = values[:, whole:].max(-1, keepdim=True)
-        index = torch.where(rest > best, whole + rest_where, index)
-        best = torch.maximum(best, rest)
-    return best, index
+# Of a tile: logits `[n, V_t]` or sparse targets; None where nothing looks at the teacher.
+TeacherRows: TypeAlias = Tensor | SparseLogits | None
 
 
 class TileLoss:
@@ -158,28 +66,33 @@ class TileLoss:
         self._ce_weight = sum(term.weight for term in recipe.terms if term.divergence is None)
         names = set(recipe.names)
         self._full_student = bool(names & {"ce", "student_nll", "student_entropy"})
-        self._full_teacher = bool(names & {"teacher_nll", "teacher_entropy"})
-        self._compares = any(term.divergence for term in recipe.terms)
 
     def add(
-        self, first: int, student: Tensor, teacher: Tensor | None, labels: Tensor, gradient: Tensor | None
+        self,
+        first: int,
+        student: Tensor,
+        teacher: TeacherRows,
+        labels: Tensor,
+        gradient: Tensor | None,
     ) -> None:
         """Evaluate one tile.
 
         Args:
             first: Number of the tile's first token.
-            student: `[n, V_s]`, what the student's head gives (before scale and softcap where a head was passed).
-            teacher: `[n, V_t]`, or None where the recipe needs no teacher.
+            student: `[n, V_s]`, what the student's head gives (before scale and softcap where a head was passed, and
+                then it may be overwritten).
+            teacher: `[n, V_t]`, or sparse targets of the same rows, or None where the recipe needs no teacher.
             labels: `[n]`, inside the vocabulary.
             gradient: `[n, V_s]`, receives the gradient of the weighted sum in `student`, but for the factor `scale` of
                 the student's head; may be `student` itself. None where no gradient is wanted.
         """
+        rows = SparseTeacher(teacher, self.shared, self._like) if isinstance(teacher, SparseLogits) else teacher
         for start in range(0, labels.numel(), self._block):
             part = slice(start, start + self._block)
             self._add_block(
                 slice(first + start, first + start + labels[part].numel()),
                 self._load("student", student[part], self.heads[0]),
-                None if teacher is None else self._load("teacher", teacher[part], self.heads[1]),
+                self._teacher_block(rows, part),
                 labels[part, None],
                 None if gradient is None else gradient[part],
             )
@@ -203,32 +116,53 @@ class TileLoss:
         return self._buffers[name][: rows * width].view(rows, width)
 
     def _load(self, name: str, products: Tensor, head: LMHead | None) -> Tensor:
-        logits = self._buffer(name, *products.shape).copy_(products)
+        """Finished logits in the precision of the statistics: in place of a head's products where they have it."""
+        if head is not None and products.dtype == self._like.dtype:
+            logits = products
+        else:
+            logits = self._buffer(name, *products.shape).copy_(products)
         if head is not None:
             head.finish_(logits)
+        if head is None or head.bias is not None:  # products of finite weights are finite
+            logits.clamp_(min=_IMPOSSIBLE)
         return logits
 
+    def _teacher_block(self, teacher: Tensor | SparseTeacher | None, part: slice) -> DenseBlock | SparseBlock | None:
+        if isinstance(teacher, Tensor):
+            return DenseBlock(self._load("teacher", teacher[part], self.heads[1]), self.shared, self._buffer)
+        return None if teacher is None else SparseBlock(teacher, part)
+
     def _add_block(
-        self, at: slice, student: Tensor, teacher: Tensor | None, labels: Tensor, gradient: Tensor | None
+        self,
+        at: slice,
+        student: Tensor,
+        teacher: DenseBlock | SparseBlock | None,
+        labels: Tensor,
+        gradient: Tensor | None,
     ) -> None:
         """Evaluate a block of rows of finished logits, which are overwritten by log-probabilities."""
+        metrics = self.recipe.metrics
         softcap = self.heads[0].softcap if self.heads[0] is not None and gradient is not None else None
         slope = None
         if softcap is not None:  # of the softcap: 1 - tanh^2
             slope = torch.square(student, out=self._buffer("slope", *student.shape)).div_(-(softcap**2)).add_(1)
         values: dict[str, Tensor] = {}
-        tops = (None, None) if teacher is None else self._compare_tops(values, student, teacher)
-        q = p = None
+        top = None
+        if teacher is not None and "top1_agreement" in metrics:
+            choice, top = first_max_of_shared(student, self.shared)
+            values["top1_agreement"] = choice == teacher.top()
+        q = None
         if self._full_student:
-            q = self._normalise_at_one("student", values, student, labels, tops[0])
-        if teacher is not None and self._full_teacher:
-            p = self._normalise_at_one("teacher", values, teacher, labels, tops[1])
+            q = self._buffer("student_probs", *student.shape)
+            values |= normalise_at_one_("student", student, q, metrics, labels, top)
+        if teacher is not None:
+            values |= teacher.metrics(metrics, labels)
         tile = None
-        if teacher is not None and "kl" in self.recipe.metrics:
-            tile = self._tile(student, teacher, q, p, 1.0)
+        if teacher is not None and "kl" in metrics:
+            tile = self._tile(student, q, teacher, 1.0)
             values["kl"] = tile.forward_kl
-        if teacher is not None and self._compares and (tile is None or self.recipe.temperature != 1.0):
-            tile = self._tile(student, teacher, q, p, self.recipe.temperature)
+        if teacher is not None and self.recipe.divergences and (tile is None or self.recipe.temperature != 1.0):
+            tile = self._tile(student, q, teacher, self.recipe.temperature)
 
         pull, row_sum = self._start_pull(student, q, tile, labels, gradient is not None)
         for row, term in enumerate(self.recipe.terms):
@@ -238,65 +172,33 @@ class TileLoss:
             assert tile is not None
             scale = term.divergence.scale(self.recipe.temperature)
             wanted = None if pull is None or not term.weight else pull[:, : self.shared]
-            value, added = term.divergence.in_closed_form(tile, wanted, term.weight * scale / self.recipe.temperature)
+            value, added = tile.evaluate(term.divergence, wanted, term.weight * scale / self.recipe.temperature)
             self._values[row, at] = value * scale
             row_sum = row_sum + added if wanted is not None else row_sum
         values |= tile.noted if tile is not None else {}
-        for row, name in enumerate(self.recipe.metrics, start=len(self.recipe.terms)):
+        for row, name in enumerate(metrics, start=len(self.recipe.terms)):
             self._values[row, at] = values[name]
         if gradient is None or pull is None:
             return
         if tile is not None:
             row_sum = row_sum[:, None] if isinstance(row_sum, Tensor) else pull.new_tensor(row_sum)
-            pull[:, : self.shared].addcmul_(tile.q, row_sum, value=-1)
+            tile.complete_(pull[:, : self.shared], row_sum)
         if slope is not None:
             pull.mul_(slope)
         if self._weights is not None:
             pull.mul_(self._weights[at, None])
         gradient.copy_(pull)
 
-    def _compare_tops(
-        self, values: dict[str, Tensor], student: Tensor, teacher: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Add the agreement where it is asked for; the greatest logits of each side, where they were looked for."""
-        if "top1_agreement" not in self.recipe.metrics:
-            return None, None
-        sides = student, teacher
-        (top_q, choice), (top_p, teacher_choice) = (first_max(side[:, : self.shared]) for side in sides)
-        values["top1_agreement"] = (choice == teacher_choice).squeeze(1)
-        whole_q, whole_p = (side.shape[1] == self.shared for side in sides)
-        return top_q if whole_q else None, top_p if whole_p else None
-
-    def _normalise_at_one(
-        self, side: str, values: dict[str, Tensor], logits: Tensor, labels: Tensor, top: Tensor | None
-    ) -> Tensor:
-        """Softmax over the whole width at T = 1; adds the side's likelihood, and its entropy where asked for."""
-        probs = self._buffer(f"{side}_probs", *logits.shape)
-        normalise_(logits, probs, top)
-        values[f"{side}_nll"] = -logits.gather(1, labels).squeeze(1)
-        if f"{side}_entropy" in self.recipe.metrics:
-            values[f"{side}_entropy"] = -torch.linalg.vecdot(probs, logits)
-        return probs
-
-    def _tile(self, student: Tensor, teacher: Tensor, q: Tensor | None, p: Tensor | None, temperature: float) -> Tile:
-        """Both distributions over the shared vocabulary at a temperature, reusing those at T = 1 where they fit."""
-        sides: list[Tensor] = []
-        for side, logits, probs in (("q", student, q), ("p", teacher, p)):
-            shared = logits[:, : self.shared]
-            normalised = probs is not None and probs.shape == shared.shape
-            if probs is None or not normalised or temperature != 1.0:
-                if temperature != 1.0:
-                    shared.mul_(1 / temperature)
-                probs = self._buffer(side, *shared.shape)
-                # Log-probabilities over T >= 1 have exponentials that add up to between 1 and V.
-                normalise = normalise_shifted_ if normalised and temperature >= 1.0 else normalise_
-                normalise(shared, probs)
-            sides += [shared, probs]
-        log_q, q, log_p, p = sides
-        return Tile(log_q, q, log_p, p, spare=partial(self._buffer, rows=student.shape[0], width=self.shared))
+    def _tile(
+        self, student: Tensor, q: Tensor | None, teacher: DenseBlock | SparseBlock, temperature: float
+    ) -> Tile | SparseTile:
+        """Both distributions over the shared vocabulary at a temperature; `q` is the student's at T = 1 or None."""
+        return teacher.compare(
+            *softmax_(student[:, : self.shared], q, temperature, partial(self._buffer, "q")), temperature
+        )
 
     def _start_pull(
-        self, student: Tensor, q: Tensor | None, tile: Tile | None, labels: Tensor, wanted: bool
+        self, student: Tensor, q: Tensor | None, tile: Tile | SparseTile | None, labels: Tensor, wanted: bool
     ) -> tuple[Tensor | None, Tensor | float]:
         """The gradient of cross-entropy, and what of it the final pass over the tile still has to complete.
 
@@ -330,7 +232,12 @@ class _TileGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, recipe: Recipe, teacher: Tensor | None, labels: Tensor, weights: Tensor | None
+        ctx: Any,
+        student: Tensor,
+        recipe: Recipe,
+        teacher: TeacherRows,
+        labels: Tensor,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total, sums = _evaluate(recipe, student, teacher, labels, weights, gradient)
@@ -345,15 +252,21 @@ class _TileGradient(torch.autograd.Function):
         return gradient * grad_total.to(gradient.dtype), None, None, None, None
 
 
+def _width(teacher: TeacherRows, default: int) -> int:
+    if isinstance(teacher, SparseLogits):
+        return teacher.vocab_size
+    return default if teacher is None else teacher.shape[1]
+
+
 def _evaluate(
     recipe: Recipe,
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: TeacherRows,
     labels: Tensor,
     weights: Tensor | None,
     gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    widths = student.shape[1], (student if teacher is None else teacher).shape[1]
+    widths = student.shape[1], _width(teacher, student.shape[1])
     with torch.autocast(student.device.type, enabled=False):
         tiles = TileLoss(recipe, labels.numel(), widths, student, weights)
         tiles.add(0, student, teacher, labels, gradient)
@@ -362,14 +275,18 @@ def _evaluate(
 
 
 def tile_loss(
-    recipe: Recipe, student: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor | None
+    recipe: Recipe,
+    student: Tensor,
+    teacher: TeacherRows,
+    labels: Tensor,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of a tile's terms, differentiable in the student's logits, and the sums of the recipe.
 
     Args:
         recipe: Terms and metrics.
         student: Logits `[n, V_s]`.
-        teacher: Logits `[n, V_t]`, or None where the recipe needs no teacher.
+        teacher: Logits `[n, V_t]`, or sparse targets, or None where the recipe needs no teacher.
         labels: `[n]`, inside the vocabulary.
         weights: `[n]` or None.
     """

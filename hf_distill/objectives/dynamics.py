@@ -13,7 +13,7 @@ from hf_distill.objectives.base import FeatureObjective, check_weight
 from hf_distill.objectives.hidden import HiddenStateObjective, States
 from hf_distill.objectives.layer_map import Pairs, check_mapping, layer_pairs
 from hf_distill.objectives.schedules import Schedule
-from hf_distill.signals import HiddenStates, ModelShape, Signal, StudentSignals, TeacherSignals
+from hf_distill.signals import HiddenStates, ModelShape, Projection, Signal, StudentSignals, TeacherSignals
 
 
 class FeatureDynamicsObjective(FeatureObjective):
@@ -88,8 +88,10 @@ class FeatureDynamicsObjective(FeatureObjective):
 
     def forward(self, student: StudentSignals, teacher: TeacherSignals) -> Tensor:
         """The sum over labels of both parts; see `FeatureObjective.forward`."""
-        if student.tokens is None or teacher.logits is None:
-            raise ValueError("`student.tokens` or `teacher.logits` is missing; ask for what `needs` names.")
+        if student.tokens is None or not isinstance(teacher.logits, Projection):
+            raise ValueError(
+                "`student.tokens` is missing, or `teacher.logits` with a head; ask a teacher for what `needs` names."
+            )
         trajectory, derivative = feature_dynamics(
             [student.hidden[ours] for ours, _ in self.pairs],
             student.logits.head,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_distill.functional import LinearLossOutput, linear_distillation_loss, resolve_divergence
+from hf_distill.functional import LinearLossOutput, SparseLogits, linear_distillation_loss, resolve_divergence
 from hf_distill.objectives.base import Objective, check_weight
 from hf_distill.objectives.schedules import Schedule, Scheduled
 from hf_distill.objectives.taid import SETTINGS, TAIDInterpolation
-from hf_distill.signals import Signal, StudentSignals, TeacherSignals
+from hf_distill.signals import Projection, Signal, StudentSignals, TeacherSignals
 
 
 # Every one is a sum over labelled tokens, independent of temperature and weights: comparable between runs.
@@ -108,7 +108,8 @@ def logit_loss(
         objectives: Terms that share one temperature; none is allowed, then only cross-entropy is computed.
         ce_weight: Factor of the cross-entropy, >= 0.
         student: Hidden states and labels of the labelled positions, `[N, H_s]` and `[N]`.
-        teacher: Signals of the same positions, `[N, H_t]`; None when no term and no monitor needs a teacher.
+        teacher: Signals of the same positions, `[N, H_t]` or sparse targets; None when no term and no monitor needs a
+            teacher.
         denominator: What the sums are divided by (`num_items_in_batch`); N when None.
 
     Returns:
@@ -120,18 +121,16 @@ def logit_loss(
         terms["ce"] = (ce_weight, {})
     for objective in objectives:
         terms[objective.divergence] = (objective.weight, objective.divergence_kwargs)
-    projection = None if teacher is None else teacher.logits
-    monitors = STUDENT_MONITORS if projection is None else STUDENT_MONITORS + TEACHER_MONITORS
+    given, monitors = _teacher_arguments(None if teacher is None else teacher.logits)
     compute = partial(
         linear_distillation_loss,
         student.logits.hidden,
         student.logits.head,
         student.labels,
-        teacher_hidden=None if projection is None else projection.hidden,
-        teacher_head=None if projection is None else projection.head,
+        **given,
         temperature=objectives[0].temperature if objectives else 1.0,
         denominator=denominator,
-        metrics=(*monitors, *(TAID_MONITORS if "taid" in terms else ())),
+        metrics=(*STUDENT_MONITORS, *monitors, *(TAID_MONITORS if "taid" in terms else ())),
     )
     if any(weight for weight, _ in terms.values()):
         return compute(terms=terms)
@@ -139,6 +138,16 @@ def logit_loss(
         watched = compute(terms={name: (1.0, kwargs) for name, (_, kwargs) in terms.items()} or {"ce": 1.0})
     parts = {name: watched.parts[name] for name in terms}
     return replace(watched, loss=student.logits.hidden[:0].sum(dtype=torch.float32), parts=parts)
+
+
+def _teacher_arguments(logits: Projection | SparseLogits | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The arguments of the fused loss that are the teacher's, and the monitors that it allows."""
+    if logits is None:
+        return {}, ()
+    if isinstance(logits, SparseLogits):
+        available = logits.available_metrics
+        return {"teacher_targets": logits}, tuple(name for name in TEACHER_MONITORS if name in available)
+    return {"teacher_hidden": logits.hidden, "teacher_head": logits.head}, TEACHER_MONITORS
 
 
 def check_logit_objectives(objectives: Sequence[LogitObjective]) -> None:
