@@ -8,8 +8,8 @@ import torch
 
 from hf_distill.functional import METRICS, LMHead, fused, linear_distillation_loss, resolve_divergence
 from hf_distill.functional import tile as tile_module
-from hf_distill.functional.fused import chunk_rows
 from hf_distill.functional.dense_tile import first_argmax
+from hf_distill.functional.fused import chunk_rows
 from tests.functional.twins import SMALL, Case, assert_twins, every, module_of, of
 
 
