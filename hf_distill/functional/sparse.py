@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from hf_distill.functional.recipe import Recipe
@@ -96,13 +95,13 @@ class SparseLogits:
         return None if key is None else self.log_rests[key]
 
     def masses_at(self, temperature: float) -> Tensor:
-        """An estimate, as `masses`, of p at one of `temperatures`, `[N, K]`."""
+        """An estimate, as `masses`, of p at one of `temperatures`, `[N, K]`; unused slots may hold anything."""
         assert self.masses is not None
         if _key_near({1.0}, temperature) is not None:
             return self.masses
         assert self.log_probs is not None
         tilt = (self.log_probs_at(temperature) - self.log_probs).exp()
-        return torch.where(self.log_probs > -math.inf, self.masses * tilt, 0.0)
+        return self.masses * tilt
 
     def entropy_at(self, temperature: float) -> Tensor:
         """The entropy at a temperature, `[N]`."""

@@ -90,10 +90,12 @@ def test_lower_precision_is_within_rounding_of_a_float64_reference(name, tempera
 @coarse
 @temperatures
 @pytest.mark.parametrize("vocabularies", [(53, 53), (53, 61), (61, 53)])
-def test_ids_for_the_whole_vocabulary_equal_the_teacher_itself(name, temperature, vocabularies):
+@pytest.mark.parametrize("rests", [True, False])
+def test_ids_for_the_whole_vocabulary_equal_the_teacher_itself(name, temperature, vocabularies, rests):
     case = Case(vocabularies=vocabularies)
     shuffled = torch.stack([torch.randperm(vocabularies[1]) for _ in range(151)])
-    targets = targets_at(shuffled, case.teacher_head(case.teacher_hidden), case.labels, dtype=torch.float32)
+    logits = case.teacher_head(case.teacher_hidden)
+    targets = targets_at(shuffled, logits, case.labels, rests=rests, dtype=torch.float32)
     metrics = ("kl", "top1_agreement", "teacher_nll", "teacher_entropy")
     arguments = {"terms": {"ce": 0.3, name: 0.7}, "temperature": temperature, "metrics": metrics}
     sparse, dense = case.fused(teacher_targets=targets, **arguments), case.fused(**arguments)
@@ -306,10 +308,11 @@ def test_ids_that_the_student_has_no_logits_for_leave_the_rest_of_the_teacher_sc
     case = Case(dtype=torch.float64, vocabularies=(53, 61))
     logits = case.teacher_head(case.teacher_hidden)
     every = torch.arange(61).expand(151, -1)
-    targets = targets_at(every, logits, case.labels)
-    without = targets_at(every[:, :53], logits[:, :53], case.labels)
-    ours, theirs = (case.fused(terms={"jsd": 1.0}, teacher_targets=t, temperature=1.0) for t in (targets, without))
-    torch.testing.assert_close(ours.loss, theirs.loss)
+    for rests in (True, False):
+        targets = targets_at(every[:, 30:], logits, case.labels, rests=rests)
+        without = targets_at(every[:, 30:53], logits[:, :53], case.labels)
+        ours, theirs = (case.fused(terms={"jsd": 1.0}, teacher_targets=t, temperature=1.0) for t in (targets, without))
+        torch.testing.assert_close(ours.loss, theirs.loss)
     nothing = targets_at(every[:, 53:], logits, case.labels)
     out = case.fused(terms={"reverse_kl": 1.0}, teacher_targets=nothing, temperature=1.0)
     assert out.loss.item() == pytest.approx(0, abs=1e-12)  # all that is known is out of sight
@@ -344,8 +347,13 @@ def test_a_temperature_is_found_in_spite_of_rounding():
     ours = case.fused(teacher_targets=replace(targets, log_normalisers=drifted), temperature=2.0)
     torch.testing.assert_close(ours.loss, case.fused(teacher_targets=targets, temperature=2.0).loss)
     assert targets.temperatures == TEMPERATURES
-    assert replace(targets, log_normalisers={}).temperatures == (1.0,)
-    assert case.fused(teacher_targets=replace(targets, log_normalisers={}), temperature=1.0).loss > 0
+    bare = replace(targets, log_normalisers={}, log_rests={})
+    assert bare.temperatures == (1.0,)
+    assert case.fused(teacher_targets=bare, temperature=1.0).loss > 0
+    # Nothing is softened by cross-entropy and metrics, whatever `temperature` is.
+    assert case.fused(terms={"ce": 1.0}, teacher_targets=bare, temperature=7.0, metrics=("kl",)).loss > 0
+    masses = draws(case, exact=4)
+    assert replace(masses, entropies={1.0: masses.entropies[1.0]}).temperatures == (1.0,)
 
 
 @pytest.mark.parametrize(
