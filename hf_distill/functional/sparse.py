@@ -33,7 +33,8 @@ class SparseLogits:
             steps where log-probabilities were stored in fewer bits: reverse KL then is too low for sure teachers.
 
     Raises:
-        ValueError: Neither `log_probs` nor `masses` is given, or a shape is not that of `ids`.
+        ValueError: Neither `log_probs` nor `masses` is given, a shape is not that of `ids`, or the entropy at T = 1 is
+            missing.
     """
 
     ids: Tensor
@@ -54,6 +55,8 @@ class SparseLogits:
             values = getattr(self, name)
             if values is not None and values.shape != self.ids.shape:
                 raise ValueError(f"`{name}` must be {list(self.ids.shape)} like `ids`, got {list(values.shape)}.")
+        if _key_near(self.entropies, 1.0) is None:
+            raise ValueError(f"`entropies` must hold that at temperature 1.0, got those at {sorted(self.entropies)}.")
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -100,8 +103,7 @@ class SparseLogits:
         if _key_near({1.0}, temperature) is not None:
             return self.masses
         assert self.log_probs is not None
-        tilt = (self.log_probs_at(temperature) - self.log_probs).exp()
-        return self.masses * tilt
+        return self.masses * (self.log_probs_at(temperature) - self.log_probs).exp()
 
     def entropy_at(self, temperature: float) -> Tensor:
         """The entropy at a temperature, `[N]`."""

@@ -37,11 +37,8 @@ class SparseTeacher:
         self.targets = targets.to(like)
         self.shared = shared
         self._limits = torch.finfo(like.dtype)
-        known = self.targets.known
-        inside = (self.targets.ids >= 0) & (self.targets.ids < shared)
-        self.known = known & inside
+        self.known = self.targets.known & (self.targets.ids >= 0) & (self.targets.ids < shared)
         self.ids = self.targets.ids.clamp(0, shared - 1)
-        self._outside = known & ~inside
         self._outcomes: dict[float, tuple[Tensor, Tensor]] = {}
         self._masses: dict[float, Tensor] = {}
 
@@ -57,8 +54,7 @@ class SparseTeacher:
             log_rest = self.targets.log_rest_at(temperature)
             inside = log_probs.where(self.known, limits.min)
             if log_rest is None:
-                seen = log_probs.exp().where(self.known | self._outside, 0.0).sum(1)
-                log_rest = (1 - seen).clamp(min=limits.eps).log()
+                log_rest = (1 - log_probs.exp().sum(1)).clamp(min=limits.eps).log()
             log_rest = log_rest.where(self.known.sum(1) < self.shared, limits.min).clamp(min=limits.min)
             log_p = torch.log_softmax(torch.cat([inside, log_rest[:, None]], 1), 1).clamp_(min=limits.min)
             self._outcomes[temperature] = log_p, log_p.exp()

@@ -134,13 +134,15 @@ def test_the_bucket_is_never_above_the_whole_and_grows_with_the_ids(name, temper
 @coarse
 @temperatures
 @pytest.mark.parametrize("head", [{}, {"vocabularies": (61, 53)}], ids=["plain", "wider student"])
-def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(name, temperature, head):
+@pytest.mark.parametrize("rests", [True, False])
+def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(name, temperature, head, rests):
     case = Case(widths=(12, 12), **head)
     width = min(head.get("vocabularies", (53, 53)))
     targets = targets_at(
         case.head(case.hidden)[:, :width].topk(8).indices,
         case.head(case.hidden)[:, :width],
-        case.labels.clamp(max=width - 1),
+        case.labels,
+        rests=rests,
         dtype=torch.float32,
     )
     out = case.fused(terms={name: 1.0}, temperature=temperature, teacher_targets=targets, metrics=("kl",))
@@ -406,3 +408,20 @@ def test_targets_that_know_nothing_or_do_not_fit_are_refused():
         replace(targets, log_probs=None)
     with pytest.raises(ValueError, match=r"`masses` must be \[151, 9\] like `ids`, got \[151, 8\]"):
         replace(targets, masses=torch.zeros(151, 8))
+    with pytest.raises(ValueError, match=r"`entropies` must hold that at temperature 1.0, got those at \[2.0\]"):
+        replace(targets, entropies={2.0: targets.entropies[2.0]})
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives():
+    case = Case()
+    for targets in (top(case, 9, holes=True), draws(case, exact=4)):
+        terms = {"ce": 0.3} | dict.fromkeys(COARSE, 0.1)
+        there = case.to(torch.float32, "cuda")
+        ours = there.fused(terms=terms, teacher_targets=targets.to(there.hidden), metrics=("kl", "teacher_nll"))
+        theirs = case.fused(terms=terms, teacher_targets=targets, metrics=("kl", "teacher_nll"))
+        torch.testing.assert_close(ours.loss.cpu(), theirs.loss, rtol=1e-4, atol=1e-6)
+        for name, value in ours.metrics.items():
+            torch.testing.assert_close(value.cpu(), theirs.metrics[name], rtol=1e-4, atol=1e-6)
+        for one, other in zip(gradients(ours, there), gradients(theirs, case), strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-5)
