@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 
+from hf_distill.functional import SparseLogits
 from hf_distill.signals import Projection, Targets, TeacherSignals, Tokens, identity
 
 
@@ -45,3 +46,15 @@ def test_a_teachers_signals_are_cut_to_the_labels_and_their_tokens():
     assert cut.logits.hidden.tolist() == [[0, 1], [2, 3], [10, 11], [12, 13]]
     assert cut.hidden[1].tolist() == [[0, 1], [14, 15]]
     assert signals.at(targets).hidden == {}
+
+
+def test_sparse_targets_are_cut_to_the_labels_in_the_order_of_the_flattened_batch():
+    targets = Targets.from_labels(LABELS, shift=True)
+    row, flat = torch.arange(8.0), LABELS.roll(-1, 1).flatten()
+    log_probs = torch.zeros(8, 3)
+    sparse = SparseLogits(torch.zeros(8, 3).long(), log_probs, log_probs, {1.0: row}, {1.0: row}, flat, row, 9)
+    cut = TeacherSignals(sparse).at(targets).logits
+    assert isinstance(cut, SparseLogits)
+    assert torch.equal(cut.labels, targets.labels)
+    assert cut.label_log_probs.tolist() == cut.entropies[1.0].tolist() == [0, 1, 5, 6]
+    assert cut.ids.shape == cut.log_probs.shape == cut.masses.shape == (4, 3)

@@ -184,11 +184,21 @@ def _score(models: Mapping[str, Any], task: str, rows: list[Row], batch_size: in
 
 
 def project(model: Any, task: str, batch: Mapping[str, Tensor]) -> Projection:
-    """Run a model on a batch of `collate` and give its logits before projection, `[B, S, H]` or `[B, C]`."""
+    """Run a model on a batch of `collate` and give its logits before projection, `[B, S, H]` or `[B, C]`.
+
+    Raises:
+        ValueError: It is a teacher that gives sparse targets.
+    """
     module = _module(model)
     inputs: dict[str, Any] = dict(batch) if module is None else _inputs_for(unwrap(module), batch)
     if not isinstance(model, nn.Module):
-        return model.signals(inputs, frozenset({Signal.LOGITS})).logits
+        logits = model.signals(inputs, frozenset({Signal.LOGITS})).logits
+        if not isinstance(logits, Projection):
+            raise ValueError(
+                f"{type(model).__name__} gives a few ids per token, and scores need logits over the vocabulary; pass "
+                "the model that it was made from."
+            )
+        return logits
     del inputs["labels"]
     if task == CLASSIFICATION:
         return Projection(model(**inputs).logits, identity)

@@ -71,7 +71,7 @@ class Tile:
         return divergence.in_closed_form(self, pull, factor)
 
     def complete_(self, pull: Tensor, row_sum: Tensor) -> None:
-        """Turn `pull` into the gradient, given the row sums `[n, 1]` of all pulls."""
+        """Turn `pull` into the gradient, given the row sums of all pulls, `[n, 1]` or one number."""
         pull.addcmul_(self.q, row_sum, value=-1)
 
     def mixture(self, share_of_p: float) -> Tensor:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from hf_distill.functional.recipe import Recipe
@@ -29,9 +28,13 @@ class SparseLogits:
         label_log_probs: `[N]`, l of it.
         vocab_size: Columns that the teacher's logits had.
         knows_top: Whether the teacher's most likely token is always among the ids.
+        log_rests: By temperature `[N]`: the logarithm of the mass of all tokens but the ids. Where it is missing, the
+            mass is 1 less that of the ids, of which rounding leaves nothing below 1e-7 in fp32, and below its own
+            steps where log-probabilities were stored in fewer bits: reverse KL then is too low for sure teachers.
 
     Raises:
-        ValueError: Neither `log_probs` nor `masses` is given, or a shape is not that of `ids`.
+        ValueError: Neither `log_probs` nor `masses` is given, a shape is not that of `ids`, or the entropy at T = 1 is
+            missing.
     """
 
     ids: Tensor
@@ -43,6 +46,7 @@ class SparseLogits:
     label_log_probs: Tensor
     vocab_size: int
     knows_top: bool = True
+    log_rests: Mapping[float, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.log_probs is None and self.masses is None:
@@ -51,6 +55,8 @@ class SparseLogits:
             values = getattr(self, name)
             if values is not None and values.shape != self.ids.shape:
                 raise ValueError(f"`{name}` must be {list(self.ids.shape)} like `ids`, got {list(values.shape)}.")
+        if _key_near(self.entropies, 1.0) is None:
+            raise ValueError(f"`entropies` must hold that at temperature 1.0, got those at {sorted(self.entropies)}.")
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -86,14 +92,18 @@ class SparseLogits:
             return self.log_probs
         return self.log_probs / key - self.log_normalisers[key][:, None]
 
+    def log_rest_at(self, temperature: float) -> Tensor | None:
+        """The logarithm of the mass beyond the ids, `[N]`, or None where it was not kept."""
+        key = _key_near(self.log_rests, temperature)
+        return None if key is None else self.log_rests[key]
+
     def masses_at(self, temperature: float) -> Tensor:
-        """An estimate, as `masses`, of p at one of `temperatures`, `[N, K]`."""
+        """An estimate, as `masses`, of p at one of `temperatures`, `[N, K]`; unused slots may hold anything."""
         assert self.masses is not None
         if _key_near({1.0}, temperature) is not None:
             return self.masses
         assert self.log_probs is not None
-        tilt = (self.log_probs_at(temperature) - self.log_probs).exp()
-        return torch.where(self.log_probs > -math.inf, self.masses * tilt, 0.0)
+        return self.masses * (self.log_probs_at(temperature) - self.log_probs).exp()
 
     def entropy_at(self, temperature: float) -> Tensor:
         """The entropy at a temperature, `[N]`."""
@@ -121,6 +131,7 @@ class SparseLogits:
             entropies={t: function(values) for t, values in self.entropies.items()},
             labels=function(self.labels),
             label_log_probs=function(self.label_log_probs),
+            log_rests={t: function(values) for t, values in self.log_rests.items()},
         )
 
 

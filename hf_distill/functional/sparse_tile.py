@@ -37,30 +37,26 @@ class SparseTeacher:
         self.targets = targets.to(like)
         self.shared = shared
         self._limits = torch.finfo(like.dtype)
-        known = self.targets.known
-        inside = (self.targets.ids >= 0) & (self.targets.ids < shared)
-        self.known = known & inside
+        self.known = self.targets.known & (self.targets.ids >= 0) & (self.targets.ids < shared)
         self.ids = self.targets.ids.clamp(0, shared - 1)
-        self._outside = known & ~inside
         self._outcomes: dict[float, tuple[Tensor, Tensor]] = {}
         self._masses: dict[float, Tensor] = {}
 
     def outcomes(self, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities and probabilities of the ids and the bucket, `[N, K + 1]` each; finite, and 0 if unused.
 
-        The bucket is what the ids leave of 1, which rounding hides below the precision of 1. It is empty where the
-        ids are the whole vocabulary. Where stored probabilities add up to more than 1, all are scaled down.
+        They are scaled to add up to 1, which stored ones may not. The bucket is empty where the ids are the whole
+        vocabulary, and otherwise at least what rounding leaves of 1, where its mass was not kept.
         """
         if temperature not in self._outcomes:
             limits = self._limits
             log_probs = self.targets.log_probs_at(temperature)
+            log_rest = self.targets.log_rest_at(temperature)
             inside = log_probs.where(self.known, limits.min)
-            total = inside.exp().sum(1, keepdim=True)
-            outside = log_probs.exp().where(self._outside, 0.0).sum(1, keepdim=True)
-            rest = (1 - outside - total).clamp(min=limits.eps)
-            rest = rest.where(self.known.sum(1, keepdim=True) < self.shared, 0.0)
-            log_p = torch.cat([inside, rest.log()], 1).sub_((total + rest).clamp(min=limits.tiny).log())
-            log_p.clamp_(min=limits.min)
+            if log_rest is None:
+                log_rest = (1 - log_probs.exp().sum(1)).clamp(min=limits.eps).log()
+            log_rest = log_rest.where(self.known.sum(1) < self.shared, limits.min).clamp(min=limits.min)
+            log_p = torch.log_softmax(torch.cat([inside, log_rest[:, None]], 1), 1).clamp_(min=limits.min)
             self._outcomes[temperature] = log_p, log_p.exp()
         return self._outcomes[temperature]
 
@@ -69,10 +65,6 @@ class SparseTeacher:
         if temperature not in self._masses:
             self._masses[temperature] = self.targets.masses_at(temperature).where(self.known, 0.0)
         return self._masses[temperature]
-
-    def block(self, part: slice) -> SparseBlock:
-        """Some of the rows."""
-        return SparseBlock(self, part)
 
 
 class SparseBlock:
@@ -142,14 +134,14 @@ class SparseTile:
         return from_cross_entropy(cross_entropy, entropy), -factor * masses.sum(1)
 
     def complete_(self, pull: Tensor, row_sum: Tensor) -> None:
-        """Turn `pull` `[n, V]` into the gradient, given the row sums `[n, 1]` of all pulls."""
+        """Turn `pull` `[n, V]` into the gradient, given the row sums of all pulls, `[n, 1]` or one number."""
         if self._pull is None:
             pull.addcmul_(self.q, row_sum, value=-1)
             return
         slope = -row_sum
         if self._pulls_bucket:
             # Below this floor the division could overflow; there the tokens of the bucket get too small a share.
-            slope += self._pull[:, -1:] / self._rest.clamp(min=self._floor)
+            slope = slope + self._pull[:, -1:] / self._rest.clamp(min=self._floor)
         # The pull of a bucket of next to nothing is steep: it must not touch the ids, not even to be taken back.
         self.q.scatter_add_(1, self._block.ids, -self._q_known)
         pull.addcmul_(self.q, slope)

@@ -8,8 +8,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from hf_distill.evaluation.scoring import Lineup, preserved_state
-from hf_distill.functional import linear_distillation_loss
+from hf_distill.evaluation.scoring import Lineup, preserved_state, project
+from hf_distill.functional import SparseLogits, linear_distillation_loss
+from hf_distill.signals import TeacherSignals
 from hf_distill.teachers import AdapterDisabledTeacher, ModelTeacher
 from tests import tiny
 
@@ -238,3 +239,15 @@ def test_classifiers_with_different_classes_are_refused():
 
     with pytest.raises(ValueError, match="'student': 2, 'teacher': 3"):
         Lineup(models).classes()
+
+
+def test_a_teacher_of_a_few_ids_per_token_is_not_scored():
+    class Cached:
+        def signals(self, batch, needs):
+            values = torch.zeros(batch["input_ids"].numel())
+            ids = torch.zeros(len(values), 1, dtype=torch.int64)
+            sparse = SparseLogits(ids, values[:, None], None, {1.0: values}, {1.0: values}, ids[:, 0], values, 9)
+            return TeacherSignals(sparse)
+
+    with pytest.raises(ValueError, match="Cached gives a few ids per token"):
+        project(Cached(), "causal_lm", {"input_ids": torch.zeros(1, 4, dtype=torch.int64)})

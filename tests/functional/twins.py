@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.functional import DIVERGENCES, LMHead, linear_distillation_loss, resolve_divergence
+from tests.functional.sparse_twins import sparse_divergence
 
 
 KWARGS = {name: {"t": 0.3} if name == "taid" else {} for name in DIVERGENCES}
@@ -53,7 +54,9 @@ class Case:
         return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
 
     def fused(self, **arguments):
-        given = {"teacher_hidden": self.teacher_hidden, "teacher_head": self.teacher_head, "chunk_bytes": SMALL}
+        given = {"chunk_bytes": SMALL}
+        if "teacher_targets" not in arguments:
+            given |= {"teacher_hidden": self.teacher_hidden, "teacher_head": self.teacher_head}
         return linear_distillation_loss(self.hidden, self.head, self.labels, **given | arguments)
 
     def to(self, dtype: torch.dtype, device: str | torch.device | None = None) -> "Case":
@@ -72,7 +75,7 @@ class Case:
 
 
 def naive(
-    case: Case, terms, temperature=2.0, denominator=None, token_weights=None
+    case: Case, terms, temperature=2.0, denominator=None, token_weights=None, teacher_targets=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Full logits of every token, masked at the end; parts as in the fused loss."""
     student, teacher = case.head(case.hidden), case.teacher_head(case.teacher_hidden)
@@ -88,7 +91,10 @@ def naive(
             per_token = torch.nn.functional.cross_entropy(student, case.labels, reduction="none")
         else:
             divergence = resolve_divergence(name, kwargs)
-            per_token = divergence(student[:, :shared], teacher[:, :shared], temperature)
+            if teacher_targets is None:
+                per_token = divergence(student[:, :shared], teacher[:, :shared], temperature)
+            else:
+                per_token = sparse_divergence(divergence, student[:, :shared], teacher_targets, temperature)
             per_token = per_token * divergence.scale(temperature)
         parts[name] = (per_token * weights).sum()
         loss = loss + weight * parts[name]
