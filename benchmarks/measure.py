@@ -92,15 +92,26 @@ def print_rows(title: str, row: Mapping[str, Any]) -> None:
         print(f"{name:38}{now:8.3f}{now / seconds[first]:8.2f}{floor:>8}{peak:9.0f}{peak / peaks[first]:8.3f}")
 
 
+def load(suite: str) -> list[dict[str, Any]]:
+    """All rows of `results/<suite>.json`."""
+    path = RESULTS / f"{suite}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def record(suite: str, row: dict[str, Any]) -> None:
     """Add a row to `results/<suite>.json`, with the machine, the versions and the command."""
     path = RESULTS / f"{suite}.json"
-    facts = {"machine": in_child(_machine), "versions": _versions(), "command": _command()}
-    known = json.loads(path.read_text()) if path.exists() else []
+    facts = {"machine": machine(), "versions": _versions(), "command": _command()}
+    known = load(suite)
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_text(json.dumps([*known, {**row, **facts}], indent=1) + "\n")
     unfinished.replace(path)
+
+
+def machine() -> dict[str, Any]:
+    """Processor and GPU; asked in a process of its own, because it may start CUDA."""
+    return in_child(_machine)
 
 
 def _command() -> str:

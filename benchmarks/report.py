@@ -2,31 +2,39 @@
 
     python benchmarks/report.py
 
-Of the rows with one setting, number of threads and machine, the last counts. The plot needs the extra `plots`.
+Of the rows with one setting, number of threads and machine, the last counts; of `objectives` all. The plot needs the
+extra `plots`.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import measure
 from measure import RESULTS, medians
 
-from hf_distill.evaluation.tables import markdown_table
+from hf_distill.evaluation.tables import format_cell, markdown_table
 
 
 README = Path(__file__).parent / "README.md"
 PLOT = RESULTS / "growth.png"
+# Terms of the reference, by the names of their shares.
+OWN = ("ce", "forward_kl", "taid")
 START, END = "<!-- tables -->", "<!-- end of the tables -->"
 Row = dict[str, Any]
 
 
 def load(suite: str) -> list[Row]:
-    path = RESULTS / f"{suite}.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    return list({json.dumps([row["setting"], row["threads"], row["machine"]]): row for row in rows}.values())
+    """The last row of each setting."""
+    return list({_setting(row): row for row in measure.load(suite)}.values())
+
+
+def _setting(row: Row) -> str:
+    return json.dumps([row["setting"], row["threads"], row["machine"]])
 
 
 def section(suite: str, row: Row) -> str:
@@ -40,14 +48,58 @@ def section(suite: str, row: Row) -> str:
         cell = [name, round(seconds[name], 3), round(seconds[name] / seconds[first], 2)]
         cell += [round(peak), round(peak / peaks[first], 3)]
         cells.append(cell + [f"{seconds['floor'] / seconds[name]:.0%}"] * ("floor" in seconds))
+    turns = f"median of {len(row['seconds'][first])} turns on {row['threads']} threads"
+    return "\n".join([f"### {suite}, {row['preset']}", "", *_notes(row, turns), "", markdown_table(columns, cells)])
+
+
+def _notes(row: Row, how: str) -> list[str]:
     setting = ", ".join(f"{key} {value}" for key, value in row["setting"].items())
-    turns = len(row["seconds"][first])
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    return [f"`{row['command']}`: {setting}; {how}.", f"{row['machine']['gpu'] or row['machine']['cpu']}, {versions}."]
+
+
+def comparison(rows: list[Row], cost: Row | None = None) -> str:
+    """What each case of `objectives` gave, and how it differs from the first of them under the same seed.
+
+    Args:
+        rows: Of one setting.
+        cost: A row of `taps`, for the ratios of time and memory.
+    """
+    reference, metrics, cells = rows[0]["case"], list(rows[0]["metrics"]), []
+    base = {row["seed"]: row["metrics"] for row in rows if row["case"] == reference}
+    for case in dict.fromkeys(row["case"] for row in rows):
+        runs = [row for row in rows if row["case"] == case]
+        added = [sum(share for part, share in row["shares"].items() if part not in OWN) for row in runs]
+        cell = [case, runs[0]["spec"]["weight"] or None, round(statistics.mean(added), 2) or None]
+        for metric in metrics:
+            paired = [row["metrics"][metric] - base[row["seed"]][metric] for row in runs if row["seed"] in base]
+            cell += [_spread([row["metrics"][metric] for row in runs]), _spread(paired) if case != reference else None]
+        cells.append(cell + [_ratio(part, case) for part in ((medians(cost), cost["peak_mb"]) if cost else ({}, {}))])
+    columns = ["", "weight", "share", *(name for metric in metrics for name in (metric, "difference"))]
+    return markdown_table([*columns, "seconds", "peak"], cells)
+
+
+def _spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {format_cell(statistics.stdev(values))}" if len(values) > 1 else ""
+    return format_cell(statistics.mean(values)) + deviation
+
+
+def _ratio(measured: dict[str, float], case: str) -> float | None:
+    return round(measured[case] / next(iter(measured.values())), 3) if case in measured else None
+
+
+def comparison_section(rows: list[Row], costs: list[Row]) -> str:
+    """The table of `objectives` with what it means."""
+    last, seeds = rows[-1], len({row["seed"] for row in rows})
+    same = ("threads", "machine")
+    cost = next((row for row in reversed(costs) if all(row[key] == last[key] for key in same)), None)
     notes = [
-        f"`{row['command']}`: {setting}; median of {turns} turns on {row['threads']} threads.",
-        f"{row['machine']['gpu'] or row['machine']['cpu']}, {versions}.",
+        *_notes(last, f"{seeds} seeds on {last['threads']} threads"),
+        "Mean and standard deviation over seeds; differences are from the first row under the same seed. `share`: what the",
+        "added term has of the gradient in the first step. `seconds` and `peak` are ratios of a step, from `taps`.",
     ]
-    return "\n".join([f"### {suite}, {row['preset']}", "", *notes, "", markdown_table(columns, cells)])
+    return "\n".join(["### objectives", "", *notes, "", comparison(rows, cost)])
 
 
 def plot_growth(rows: list[Row]) -> None:
@@ -74,7 +126,9 @@ def plot_growth(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    tables = [section(suite, row) for suite in ("loss", "step", "growth") for row in load(suite)]
+    tables = [section(suite, row) for suite in ("loss", "step", "taps", "growth") for row in load(suite)]
+    runs = sorted(measure.load("objectives"), key=_setting)  # stable
+    tables += [comparison_section(list(group), load("taps")) for _, group in groupby(runs, _setting)]
     growth = load("growth")
     if growth:
         plot_growth(growth)

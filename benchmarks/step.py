@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,31 +44,31 @@ def batch_of(setting: Setting) -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
-def _models() -> tuple[Any, Any]:
+def models(layers: Sequence[int] = range(0, 30, 2)) -> tuple[Any, Any]:
+    """A student of some of the teacher's 30 layers, and the teacher."""
     attention = "sdpa" if torch.cuda.is_available() else "eager"  # bf16 SDPA has a slow backward on CPUs
     teacher = load_teacher(str(smollm2()), dtype="bfloat16", attn_implementation=attention)
-    layers = range(0, teacher.model.config.num_hidden_layers, 2)
     return shrink(teacher.model, layers=list(layers), dtype=torch.float32), teacher
 
 
-def _arguments() -> dict[str, Any]:
+def arguments() -> dict[str, Any]:
     common = {"bf16": True, "use_cpu": not torch.cuda.is_available(), "report_to": "none", "save_strategy": "no"}
-    return common | {"output_dir": tempfile.gettempdir(), "gradient_checkpointing": False, "learning_rate": 1e-4}
+    return common | {"output_dir": tempfile.gettempdir(), "gradient_checkpointing": False}
 
 
 def hf_distill_trainer() -> Any:
-    student, teacher = _models()
+    student, teacher = models()
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]})
-    args = KDConfig(**_arguments(), ce_weight=0.0, kd_weight=1.0, temperature=1.0)
+    args = KDConfig(**arguments(), learning_rate=1e-4, ce_weight=0.0, kd_weight=1.0, temperature=1.0)
     return KDTrainer(student, teacher, args, train_dataset=rows, processing_class=teacher.tokenizer)
 
 
 def gkd_trainer() -> Any:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    student, teacher = _models()
+    student, teacher = models()
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
-    args = GKDConfig(**_arguments(), lmbda=0.0, beta=0.0)  # off-policy, forward KL
+    args = GKDConfig(**arguments(), learning_rate=1e-4, lmbda=0.0, beta=0.0)  # off-policy, forward KL
     tokenizer = teacher.tokenizer
     rows = Dataset.from_dict({"messages": [chat]})
     return GKDTrainer(student, teacher.model, args=args, train_dataset=rows, processing_class=tokenizer)
@@ -85,11 +85,14 @@ def measure(setting: Setting, names: list[str], repeats: int, threads: int) -> d
     return {"setting": asdict(setting), "threads": threads, "seconds": seconds, "peak_mb": peaks}
 
 
-def _stepper(name: str) -> Callable[[Batch], float]:
-    """Build a trainer and prepare it as `train` does."""
-    trainer = CASES[name]()
+def prepared(trainer: Any) -> tuple[Any, Any]:
+    """The student and the optimizer of a trainer, prepared as `train` does."""
     trainer.create_optimizer()
-    model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    return trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+
+
+def stepper(trainer: Any, model: Any, optimizer: Any) -> Callable[[Batch], float]:
+    """What takes one step of a trainer."""
     trainer.model_wrapped, trainer.current_gradient_accumulation_steps = model, 1
 
     def step(batch: Batch) -> float:
@@ -105,17 +108,26 @@ def _stepper(name: str) -> Callable[[Batch], float]:
 def _seconds(setting: Setting, names: list[str], repeats: int, threads: int) -> dict[str, list[float]]:
     torch.set_num_threads(threads)
     batch = batch_of(setting)
-    steppers = {name: _stepper(name) for name in names}
-    losses = {name: stepper(batch) for name, stepper in steppers.items()}
+    steppers = {name: _stepper_of(name) for name in names}
+    losses = {name: step(batch) for name, step in steppers.items()}
     reference, *others = losses.values()
     if any(abs(other - reference) > 0.01 * reference for other in others):
         raise RuntimeError(f"The trainers compute different losses: {losses}.")
-    return take_turns({name: partial(stepper, batch) for name, stepper in steppers.items()}, repeats)
+    return take_turns({name: partial(step, batch) for name, step in steppers.items()}, repeats)
 
 
 def _peak(setting: Setting, name: str, threads: int) -> float:
     torch.set_num_threads(threads)
-    stepper = _stepper(name)
-    stepper(batch_of(Setting(1, 8)))  # libraries, thread pools and AdamW's moments
+    return peak_of(_stepper_of(name), setting)
+
+
+def _stepper_of(name: str) -> Callable[[Batch], float]:
+    trainer = CASES[name]()
+    return stepper(trainer, *prepared(trainer))
+
+
+def peak_of(step: Callable[[Batch], float], setting: Setting) -> float:
+    """How far a step raises the memory in use."""
+    step(batch_of(Setting(1, 8)))  # libraries, thread pools and AdamW's moments
     batch = batch_of(setting)
-    return peak_megabytes(partial(stepper, batch))
+    return peak_megabytes(partial(step, batch))
