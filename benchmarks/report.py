@@ -96,7 +96,7 @@ def comparison_section(rows: list[Row], costs: list[Row]) -> str:
     cost = next((row for row in reversed(costs) if all(row[key] == last[key] for key in same)), None)
     notes = [
         *_notes(last, f"{seeds} seeds on {last['threads']} threads"),
-        "Mean and standard deviation over seeds; differences are from the first row under the same seed. `share`: what the",
+        "Mean and standard deviation over seeds; differences from the first row are seed by seed. `share` is what the",
         "added term has of the gradient in the first step. `seconds` and `peak` are ratios of a step, from `taps`.",
     ]
     return "\n".join(["### objectives", "", *notes, "", comparison(rows, cost)])
