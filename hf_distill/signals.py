@@ -13,6 +13,8 @@ from hf_distill.functional.sparse import SparseLogits
 
 
 IGNORE_INDEX = -100
+# Which positions of a language model an objective may compare; see `Tokens.of`.
+POSITIONS = ("labelled", "real")
 
 
 class Signal(str, Enum):
@@ -139,25 +141,31 @@ class Tokens:
     weights: Tensor | None = None
 
     @classmethod
-    def of(cls, targets: Targets, batch: Mapping[str, Tensor], *, per_row: bool) -> Tokens:
+    def of(
+        cls, targets: Targets, batch: Mapping[str, Tensor], *, per_row: bool, positions: str = "labelled"
+    ) -> Tokens:
         """Choose the positions that go with the labels.
+
+        All real tokens of a sequence count together as much as its labels do, each as much as the others: their
+        number in an optimizer step is not known to a micro-batch, the number of labels is. So a sequence counts the
+        same with whatever others it is batched, and one without labels does not count.
 
         Args:
             targets: The labelled positions, or rows of a classifier.
             batch: `input_ids` `[B, S]`, and `attention_mask` or `position_ids` where there are any.
-            per_row: True for classifiers: every real token of a labelled row counts, all of a row together as much as
-                one label.
+            per_row: True for classifiers, whose rows are labelled: all real tokens.
+            positions: "labelled" for the labelled positions of a language model, "real" for all real tokens.
         """
         first = _first_tokens(batch)
-        if not per_row:
+        if not per_row and positions == "labelled":
             return cls(targets.index, first.flatten()[targets.index])
         real = _real_tokens(batch).to(torch.bool)
-        labelled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-        labelled[targets.index] = True
-        kept = real & labelled[:, None]
-        index = kept.flatten().nonzero().squeeze(1)
-        lengths = kept.sum(-1, keepdim=True).clamp(min=1).expand_as(kept)
-        return cls(index, first.flatten()[index], 1 / lengths.flatten()[index].float())
+        sequences = _rows(real) if per_row else _sequences(batch, real)
+        count = int(sequences.max()) + 1 if sequences.numel() else 0
+        labels = torch.bincount(targets.index if per_row else sequences.flatten()[targets.index], minlength=count)
+        index = (real & (labels > 0)[sequences]).flatten().nonzero().squeeze(1)
+        own, lengths = sequences.flatten()[index], torch.bincount(sequences[real], minlength=count)
+        return cls(index, first.flatten()[index], labels[own] / lengths[own])
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up per-token values `[M]`."""
@@ -169,13 +177,31 @@ def _real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     return mask if mask is not None and mask.dim() == 2 else torch.ones_like(batch["input_ids"])
 
 
+def _is_packed(batch: Mapping[str, Tensor]) -> bool:
+    """Whether a row may hold several sequences: it says so by its positions, padded rows have a mask."""
+    return batch.get("position_ids") is not None and batch.get("attention_mask") is None
+
+
 def _first_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """Where sequences begin, `[B, S]` bool; packed rows say it by their positions, padded ones by their mask."""
-    mask = batch.get("attention_mask")
-    if batch.get("position_ids") is not None and mask is None:
+    """Where sequences begin, `[B, S]` bool."""
+    if _is_packed(batch):
         return batch["position_ids"] == 0
     real = _real_tokens(batch)
     return (real != 0) & (real.cumsum(-1) == 1)
+
+
+def _rows(tokens: Tensor) -> Tensor:
+    """The row of each token of `[B, S]`."""
+    return torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
+
+
+def _sequences(batch: Mapping[str, Tensor], real: Tensor) -> Tensor:
+    """The number of each token's sequence, `[B, S]` int64; no sequence goes on in the next row."""
+    if not _is_packed(batch):
+        return _rows(real)
+    starts = batch["position_ids"] == 0
+    starts[:, :1] = True
+    return starts.flatten().cumsum(0).sub(1).view_as(starts)
 
 
 HiddenStates = Mapping[int, Tensor]
@@ -283,6 +309,10 @@ class StudentSignals:
     tokens: Tokens | None = None
     attention: Attention = field(default_factory=dict)
 
+    def at(self, tokens: Tokens) -> StudentSignals:
+        """Keep the hidden states, of whole sequences, of `tokens`."""
+        return replace(self, hidden=_hidden_at(self.hidden, tokens), tokens=tokens)
+
 
 @dataclass(frozen=True)
 class TeacherSignals:
@@ -299,10 +329,26 @@ class TeacherSignals:
     hidden: HiddenStates = field(default_factory=dict)
     attention: Attention = field(default_factory=dict)
 
-    def at(self, targets: Targets, tokens: Tokens | None = None) -> TeacherSignals:
-        """Keep the labelled rows of the logits, and the hidden states of `tokens`."""
-        hidden = {layer: rows_of(states, tokens.index) for layer, states in self.hidden.items()} if tokens else {}
-        return replace(self, logits=None if self.logits is None else self.logits.at(targets.index), hidden=hidden)
+    def at(
+        self, targets: Targets, tokens: Mapping[str, Tokens] | None = None
+    ) -> tuple[TeacherSignals, dict[str, TeacherSignals]]:
+        """Keep the labelled rows of the logits, and the hidden states that are compared.
+
+        Args:
+            targets: The labelled positions.
+            tokens: What is compared, by any name.
+
+        Returns:
+            The signals without hidden states, and the same with those of each of `tokens`.
+        """
+        logits = None if self.logits is None else self.logits.at(targets.index)
+        cut = replace(self, logits=logits, hidden={})
+        named = (tokens or {}).items()
+        return cut, {name: replace(cut, hidden=_hidden_at(self.hidden, kept)) for name, kept in named}
+
+
+def _hidden_at(hidden: HiddenStates, tokens: Tokens) -> HiddenStates:
+    return {layer: rows_of(states, tokens.index) for layer, states in hidden.items()}
 
 
 def rows_of(states: Tensor, index: Tensor) -> Tensor:

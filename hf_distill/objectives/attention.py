@@ -44,6 +44,7 @@ class AttentionObjective(FeatureObjective):
         layer_mapping: As in `HiddenStateObjective`; layers count from 1. For teachers of 24 layers and more MiniLMv2
             takes one of the upper middle instead of the last, for example `[(-1, 19)]`.
         num_pairs: How many pairs a named mapping makes.
+        positions: "real" compares the rows of all real tokens, prompts too; see `FeatureObjective`.
         relation_heads: Into how many parts the relations cut all heads together; it divides the widths of queries
             and of keys of both models. None chooses a number for each relation.
 
@@ -66,9 +67,10 @@ class AttentionObjective(FeatureObjective):
         loss: str = "relations",
         layer_mapping: str | Sequence[Sequence[int]] = "uniform",
         num_pairs: int = 1,
+        positions: str = "labelled",
         relation_heads: int | None = None,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, positions)
         if loss not in LOSSES:
             raise unknown_name("attention loss", loss, LOSSES)
         check_mapping(layer_mapping, num_pairs)

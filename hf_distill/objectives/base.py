@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from hf_distill.objectives.schedules import Schedule, Scheduled
-from hf_distill.signals import ModelShape, Signal, StudentSignals, TeacherSignals
+from hf_distill.signals import POSITIONS, ModelShape, Signal, StudentSignals, TeacherSignals
 
 
 class Objective(nn.Module):
@@ -64,6 +64,12 @@ class FeatureObjective(Objective, ABC):
 
     A subclass sets `name` and `needs`, and writes `bind` and `forward`.
 
+    Args:
+        weight: Factor of this term in the loss, >= 0, or a schedule of it.
+        positions: "labelled" compares the positions that the labels train: for a language model those that predict a
+            labelled token. "real" compares all real tokens of every sequence that has labels, prompts too; together
+            they count as much as its labels. Classifiers have all real tokens in both.
+
     Attributes:
         student_layers: Layers of the student whose hidden states it reads, known after `bind`.
         teacher_layers: Layers of the teacher.
@@ -75,6 +81,16 @@ class FeatureObjective(Objective, ABC):
     teacher_layers: frozenset[int] = frozenset()
     student_attention: frozenset[int] = frozenset()
     teacher_attention: frozenset[int] = frozenset()
+
+    def __init__(self, weight: float | Schedule = 1.0, positions: str = "labelled") -> None:
+        super().__init__(weight)
+        if positions not in POSITIONS:
+            raise ValueError(f"`positions` is {positions!r}; expected one of {list(POSITIONS)}.")
+        self.positions = positions
+
+    def config(self) -> dict[str, object]:
+        """What the model card says of this objective."""
+        return super().config() | ({"positions": "all real tokens"} if self.positions == "real" else {})
 
     @abstractmethod
     def bind(self, student: ModelShape, teacher: ModelShape) -> None:

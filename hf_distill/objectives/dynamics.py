@@ -28,6 +28,7 @@ class FeatureDynamicsObjective(FeatureObjective):
         weight: Factor of this term in the loss, >= 0, or a schedule of it.
         layer_mapping: "inner", as in the paper, or another mapping or pairs of at least two layers; see `layer_pairs`.
         num_pairs: How many pairs a named mapping makes.
+        positions: See `FeatureObjective`.
         trajectory_weight: Factor of the KL of the distributions.
         derivative_weight: Factor of one minus the cosine of the steps.
         chunk_bytes: Budget for the logits of a chunk of tokens.
@@ -51,11 +52,12 @@ class FeatureDynamicsObjective(FeatureObjective):
         *,
         layer_mapping: str | Sequence[Sequence[int]] = "inner",
         num_pairs: int = 4,
+        positions: str = "labelled",
         trajectory_weight: float = 1.0,
         derivative_weight: float = 1.0,
         chunk_bytes: int | None = None,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, positions)
         check_mapping(layer_mapping, num_pairs)
         self.layer_mapping = layer_mapping
         self.num_pairs = num_pairs
@@ -114,6 +116,7 @@ class HiddenDeltaObjective(HiddenStateObjective):
         layer_mapping: "inner", which leaves out the last layer, whose states are on another scale after the final
             norm; or another mapping or pairs of at least two layers.
         num_pairs: How many pairs a named mapping makes; the differences are one less.
+        positions: See `FeatureObjective`.
         shared_projector: See `HiddenStateObjective`.
         skip_first: See `HiddenStateObjective`.
     """
@@ -128,6 +131,7 @@ class HiddenDeltaObjective(HiddenStateObjective):
         loss: str = "cosine",
         layer_mapping: str | Sequence[Sequence[int]] = "inner",
         num_pairs: int = 4,
+        positions: str = "labelled",
         shared_projector: bool = False,
         skip_first: bool = False,
     ) -> None:
@@ -137,6 +141,7 @@ class HiddenDeltaObjective(HiddenStateObjective):
             loss=loss,
             layer_mapping=layer_mapping,
             num_pairs=num_pairs,
+            positions=positions,
             shared_projector=shared_projector,
             skip_first=skip_first,
         )

@@ -42,6 +42,7 @@ class HiddenStateObjective(FeatureObjective):
         layer_mapping: "uniform", "last_k", "every_nth", "inner", or pairs (student layer, teacher layer), see
             `layer_pairs`; or "learned", the layers of "uniform" with weights that begin around its partners.
         num_pairs: How many pairs a named mapping makes. Which layers are chosen matters little (arXiv:2502.04499).
+        positions: "real" compares all real tokens, prompts too; see `FeatureObjective`.
         shared_projector: One projector for all pairs, as TinyBERT has it, instead of one each.
         skip_first: Leave out the first token of every sequence, on which decoders put activations hundreds of times
             larger than on the others.
@@ -71,13 +72,14 @@ class HiddenStateObjective(FeatureObjective):
         loss: str = "cosine",
         layer_mapping: str | Sequence[Sequence[int]] = "uniform",
         num_pairs: int = 4,
+        positions: str = "labelled",
         shared_projector: bool = False,
         skip_first: bool = False,
         channels: Sequence[int] | Tensor | None = None,
         map_temperature: float | Schedule = 0.1,
         map_entropy: float = 0.1,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, positions)
         if loss not in LOSSES:
             raise unknown_name("hidden-state loss", loss, LOSSES)
         check_mapping(layer_mapping, num_pairs, (*LAYER_MAPPINGS, "learned"))

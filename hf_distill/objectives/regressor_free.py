@@ -24,6 +24,7 @@ class RegressorFreeObjective(HiddenStateObjective):
         loss: As in `HiddenStateObjective`.
         layer_mapping: See `layer_pairs`.
         num_pairs: How many pairs a named mapping makes.
+        positions: See `FeatureObjective`.
         skip_first: See `HiddenStateObjective`.
 
     Raises:
@@ -41,6 +42,7 @@ class RegressorFreeObjective(HiddenStateObjective):
         loss: str = "mse",
         layer_mapping: str | Sequence[Sequence[int]] = "last_k",
         num_pairs: int = 2,
+        positions: str = "labelled",
         skip_first: bool = False,
     ) -> None:
         super().__init__(
@@ -48,6 +50,7 @@ class RegressorFreeObjective(HiddenStateObjective):
             loss=loss,
             layer_mapping=layer_mapping,
             num_pairs=num_pairs,
+            positions=positions,
             skip_first=skip_first,
             channels=channels,
         )

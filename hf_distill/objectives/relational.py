@@ -34,6 +34,7 @@ class RelationObjective(FeatureObjective):
             small and weights large; see `hf_distill.functional.relations`.
         layer_mapping: "uniform", "last_k", "every_nth", or pairs (student layer, teacher layer); see `layer_pairs`.
         num_pairs: How many pairs a named mapping makes; the last layers alone by default.
+        positions: "real" takes the tokens from all real ones; see `FeatureObjective`.
         num_tokens: How many tokens are compared with each other, of all ranks together; 64 where there are angles
             (at most 256: their memory grows with the cube), else 128.
         gather: Compare tokens of all ranks with each other. False under tensor parallelism, where ranks share rows,
@@ -58,10 +59,11 @@ class RelationObjective(FeatureObjective):
         loss: str = "rkd",
         layer_mapping: str | Sequence[Sequence[int]] = "uniform",
         num_pairs: int = 1,
+        positions: str = "labelled",
         num_tokens: int | None = None,
         gather: bool = True,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, positions)
         if loss not in RELATIONS:
             raise unknown_name("relation loss", loss, RELATIONS)
         check_mapping(layer_mapping, num_pairs)

@@ -18,7 +18,7 @@ from hf_distill.functional import reduce_sum
 from hf_distill.objectives import LogitObjective, Objective, logit_loss
 from hf_distill.objectives.base import check_weight
 from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
-from hf_distill.signals import AttentionStates, Projection, Signal, StudentSignals, Targets, Tokens, identity, rows_of
+from hf_distill.signals import AttentionStates, Projection, Signal, StudentSignals, Targets, identity
 from hf_distill.taps import tap_head_input, tap_layers
 from hf_distill.teachers import Teacher
 from hf_distill.training.checks import check_needs, check_parallelism, check_teacher_type
@@ -188,14 +188,12 @@ class DistillationCallback(TrainerCallback):
             own: The trainer's own loss, on the scale of the terms.
         """
         accelerator, inputs = self.trainer.accelerator, heard.kwargs or {}
-        tokens = None
-        if self.features.weights:
-            tokens = Tokens.of(targets, inputs, per_row=self.task == "sequence_classification")
+        tokens = self.features.tokens(targets, inputs, per_row=self.task == "sequence_classification")
         needs = frozenset().union(*(objective.needs for objective in self.objectives))
-        teacher = self.teacher.signals(inputs, needs, self.features.teacher_layers).at(targets, tokens)
-        hidden = {layer: rows_of(states, tokens.index) for layer, states in heard.hidden.items() if tokens}
+        teacher, theirs = self.teacher.signals(inputs, needs, self.features.teacher_layers).at(targets, tokens)
         logits = self._projection(model, heard).at(targets.index)
-        student = StudentSignals(logits, targets.labels, hidden, tokens, heard.attention)
+        student = StudentSignals(logits, targets.labels, heard.hidden, attention=heard.attention)
+        compared = {choice: (student.at(kept), theirs[choice]) for choice, kept in tokens.items()}
         count = torch.tensor(len(targets), device=targets.labels.device)
         total, sums = torch.zeros((), device=count.device), {}
         if self.logits:
@@ -203,12 +201,13 @@ class DistillationCallback(TrainerCallback):
                 result = logit_loss(self.logits, 0.0, student, teacher, denominator=self.labels_in_step)
             total = total + result.loss
             sums = {f"{name}_loss": part for name, part in result.parts.items()} | dict(result.metrics)
-        for name, value in self.trainer._feature_sums(student, teacher).items():
+        for name, value in self.trainer._feature_sums(compared).items():
             total = total + self.features.weights[name] * reduce_sum(value, self.labels_in_step, count)
             sums[f"{name}_loss"] = value.detach()
         self.window.add(sums, count)
         self.schedules.observe(sums, count)
-        terms = partial(term_losses, self.logits, self.features, student, teacher, denominator=self.labels_in_step)
+        arguments = self.logits, self.features, student, teacher, compared
+        terms = partial(term_losses, *arguments, denominator=self.labels_in_step)
         measure_shares(self.trainer, lambda: chain([("own", own)], terms()))
         return total
 

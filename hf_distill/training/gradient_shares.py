@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hf_distill.functional import reduce_sum
 from hf_distill.objectives import LogitObjective, logit_loss
 from hf_distill.signals import StudentSignals, TeacherSignals
-from hf_distill.training.terms import FeatureTerms
+from hf_distill.training.terms import Compared, FeatureTerms
 
 
 Losses = Callable[[], Iterable[tuple[str, Tensor]]]
@@ -115,6 +115,7 @@ def term_losses(
     features: FeatureTerms,
     student: StudentSignals,
     teacher: TeacherSignals | None,
+    compared: Compared,
     *,
     denominator: Tensor | int | None,
     ce_weight: float = 0.0,
@@ -124,10 +125,10 @@ def term_losses(
         yield "ce", logit_loss([], ce_weight, student, None, denominator=denominator).loss
     for objective in objectives:
         yield objective.name, logit_loss([objective], 0.0, student, teacher, denominator=denominator).loss
-    if teacher is None or not features.weights:
+    if not compared:
         return
     count = torch.tensor(student.labels.numel(), device=student.labels.device)
-    for (name, weight), total in zip(features.weights.items(), features(student, teacher), strict=True):
+    for (name, weight), total in zip(features.weights.items(), features(compared), strict=True):
         yield name, weight * reduce_sum(total, denominator, count)
 
 

@@ -26,7 +26,6 @@ from hf_distill.signals import (
     TeacherSignals,
     Tokens,
     identity,
-    rows_of,
 )
 from hf_distill.taps import tap_last_hidden, tap_layers
 from hf_distill.teachers import Teacher, prepare_quantized_student
@@ -37,7 +36,7 @@ from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
 from hf_distill.training.schedules import ScheduleCallback, scheduled_values
 from hf_distill.training.teacher import build_teacher
-from hf_distill.training.terms import FeatureTerms, build_objectives
+from hf_distill.training.terms import Compared, FeatureTerms, build_objectives
 
 
 if TYPE_CHECKING:
@@ -155,35 +154,28 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
             )
         targets = Targets.from_labels(inputs["labels"], shift=self.task == "causal_lm")
         self._warn_if_unlabelled(targets)
-        tokens = None
-        if self._features.weights:
-            tokens = Tokens.of(targets, inputs, per_row=self.task == "sequence_classification")
+        tokens = self._features.tokens(targets, inputs, per_row=self.task == "sequence_classification")
         # The teacher comes first, so that its activations are gone when the student's graph is built.
-        teacher = self._teacher_signals(inputs, targets, tokens, training=model.training)
+        teacher, theirs = self._teacher_signals(inputs, targets, tokens, training=model.training)
         with tap_layers(model, self._features.student_layers) as tap:
             outputs, logits = self._student_forward(model, inputs)
-        hidden = {layer: rows_of(states, tokens.index) for layer, states in tap.hidden.items() if tokens}
-        student = StudentSignals(logits.at(targets.index), targets.labels, hidden, tokens, tap.attention)
+        student = StudentSignals(logits.at(targets.index), targets.labels, tap.hidden, attention=tap.attention)
+        compared = {choice: (student.at(kept), theirs[choice]) for choice, kept in tokens.items()}
         with self.accelerator.autocast():
             result = logit_loss(self._logit_objectives, self.args.ce_weight, student, teacher, denominator=num_items)
-        result = self._add_features(result, student, teacher, num_items)
+        result = self._add_features(result, compared, num_items)
         loss = result.loss + self._router_loss(outputs, result.count, num_items)
         options = {"denominator": num_items, "ce_weight": self.args.ce_weight}
-        terms = partial(term_losses, self._logit_objectives, self._features, student, teacher, **options)
+        arguments = self._logit_objectives, self._features, student, teacher, compared
+        terms = partial(term_losses, *arguments, **options)
         return Distilled(loss, result, outputs, logits, terms)
 
     def _add_features(
-        self,
-        result: LinearLossOutput,
-        student: StudentSignals,
-        teacher: TeacherSignals | None,
-        num_items: Tensor | int | None,
+        self, result: LinearLossOutput, compared: Compared, num_items: Tensor | int | None
     ) -> LinearLossOutput:
         """Add the terms that look inside both models."""
-        if teacher is None or not self._features.weights:
-            return result
         loss, parts = result.loss, dict(result.parts)
-        for name, total in self._feature_sums(student, teacher).items():
+        for name, total in self._feature_sums(compared).items():
             loss = loss + self._features.weights[name] * reduce_sum(total, num_items, result.count)
             parts[name] = total.detach()
         return replace(result, loss=loss, parts=parts)
@@ -221,14 +213,14 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         return outputs, Projection(tap.hidden, resolve_head(model))
 
     def _teacher_signals(
-        self, inputs: Mapping[str, Any], targets: Targets, tokens: Tokens | None, training: bool
-    ) -> TeacherSignals | None:
+        self, inputs: Mapping[str, Any], targets: Targets, tokens: Mapping[str, Tokens], training: bool
+    ) -> tuple[TeacherSignals | None, Mapping[str, TeacherSignals]]:
         """Run the teacher where an objective or, in evaluation, a monitor needs it."""
         needs = frozenset().union(*(objective.needs for objective in self.objectives))
         if not training:
             needs |= self.teacher.provides & {Signal.LOGITS}
         if not needs:
-            return None
+            return None, {}
         return self.teacher.signals(inputs, needs, self._features.teacher_layers).at(targets, tokens)
 
     def compute_loss(

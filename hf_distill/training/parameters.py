@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_distill.signals import ModelShape, StudentSignals, TeacherSignals
-from hf_distill.training.terms import FeatureTerms
+from hf_distill.signals import ModelShape
+from hf_distill.training.terms import Compared, FeatureTerms
 
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ class ObjectiveParametersMixin(Base):
     def _owned(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._features.parameters() if parameter.requires_grad]
 
-    def _feature_sums(self, student: StudentSignals, teacher: TeacherSignals) -> dict[str, Tensor]:
+    def _feature_sums(self, compared: Compared) -> dict[str, Tensor]:
         """The sum over labels of every feature term by name."""
-        if not self._features.weights:
+        if not compared:
             return {}
         with self.accelerator.autocast():
-            sums = self._run_features(student, teacher)
+            sums = self._run_features(compared)
         return dict(zip(self._features.weights, sums.unbind(), strict=True))
 
     def create_optimizer(self, model: Any = None) -> Any:

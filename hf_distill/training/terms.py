@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,11 @@ from hf_distill.objectives import (
     check_logit_objectives,
 )
 from hf_distill.objectives.base import term_names
-from hf_distill.signals import Layers, ModelShape, StudentSignals, TeacherSignals
+from hf_distill.signals import Layers, ModelShape, StudentSignals, Targets, TeacherSignals, Tokens
+
+
+# What is compared, for each choice of positions that an objective of the run has made.
+Compared = Mapping[str, tuple[StudentSignals, TeacherSignals]]
 
 
 def build_objectives(args: Any, objectives: Sequence[Objective] | None) -> list[Objective]:
@@ -113,9 +117,14 @@ class FeatureTerms(nn.Module):
         for objective in self._features():
             objective.bind(student, teacher)
 
-    def forward(self, student: StudentSignals, teacher: TeacherSignals) -> Tensor:
+    def tokens(self, targets: Targets, batch: Mapping[str, Tensor], *, per_row: bool) -> dict[str, Tokens]:
+        """The positions of a batch that are compared, for each choice; see `Tokens.of`."""
+        choices = dict.fromkeys(objective.positions for objective in self._features())
+        return {choice: Tokens.of(targets, batch, per_row=per_row, positions=choice) for choice in choices}
+
+    def forward(self, compared: Compared) -> Tensor:
         """The sums over labels of all terms, `[K]`, in the order of `weights`."""
-        return torch.stack([objective(student, teacher) for objective in self._features()])
+        return torch.stack([objective(*compared[objective.positions]) for objective in self._features()])
 
     def _features(self) -> list[FeatureObjective]:
         return [objective for objective in self.objectives if isinstance(objective, FeatureObjective)]

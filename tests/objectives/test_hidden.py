@@ -42,6 +42,11 @@ def test_the_sum_is_that_of_the_mean_over_pairs(loss):
     torch.testing.assert_close(objective(*signals(student, teacher)), expected)
 
 
+def test_an_unknown_choice_of_positions_is_refused():
+    with pytest.raises(ValueError, match=r"`positions` is 'prompt'; expected one of \['labelled', 'real'\]"):
+        HiddenStateObjective(positions="prompt")
+
+
 @pytest.mark.parametrize("loss", PER_SET)
 def test_a_distance_of_sets_counts_once_for_every_label(loss):
     student, teacher = states(8, 2, seed=0), states(12, 4, seed=1)

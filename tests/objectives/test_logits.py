@@ -27,7 +27,7 @@ def signals(every_id: bool = True, **arguments) -> tuple[StudentSignals, Teacher
     else:
         sparse = sampled(logits, following, dtype=torch.float32, **arguments)
     targets = Targets.from_labels(LABELS, shift=True)
-    teachers = (TeacherSignals(given).at(targets) for given in (Projection(states, teacher_head), sparse))
+    teachers = (TeacherSignals(given).at(targets)[0] for given in (Projection(states, teacher_head), sparse))
     return StudentSignals(Projection(hidden.requires_grad_(), head).at(targets.index), targets.labels), *teachers
 
 

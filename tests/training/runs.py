@@ -84,8 +84,9 @@ def with_callback(kind: str, output_dir: Path, *, lora: bool, rows: int, models=
     if objectives is None:
         objectives = [LogitObjective(0.5)]
         if "hidden_weight" in config:
-            objectives.append(HiddenStateObjective(config["hidden_weight"], loss=config["hidden_loss"]))
-    config = {name: value for name, value in config.items() if name not in HIDDEN}
+            hidden = {"loss": config["hidden_loss"], "positions": config.get("positions", "labelled")}
+            objectives.append(HiddenStateObjective(config["hidden_weight"], **hidden))
+    config = {name: value for name, value in config.items() if name not in (*HIDDEN, "positions")}
     settings = {"output_dir": str(output_dir), "bf16": False, "gradient_checkpointing": False} | COMMON | config
     common = {"processing_class": tiny.tokenizer(), "peft_config": LoraConfig(**LORA) if lora else None}
     if kind == "sft-callback":

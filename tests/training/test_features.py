@@ -70,6 +70,35 @@ def test_loss_and_gradients_are_those_of_the_whole_outputs(task, family, teacher
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_real_tokens_are_compared_beside_labelled_ones_and_padding_never(tmp_path):
+    student, teacher = make_models()
+    everywhere = HiddenStateObjective(0.3, loss="mse", layer_mapping=[(1, 1)], positions="real")
+    objectives = [everywhere, HiddenStateObjective(0.2, loss="mse", layer_mapping=[(1, 1)])]
+    trainer = KDTrainer(
+        student, teacher, KDConfig(str(tmp_path), ce_weight=0.0, **COMMON), objectives=objectives,
+        train_dataset=tiny.tokenized_dataset(),
+    )  # fmt: skip
+    ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
+    labels = torch.tensor([[-100, -100, 7, 8, 9], [-100, -100, 12, -100, -100]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+    loss = trainer.compute_loss(student.eval(), batch)
+    features = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    ours, theirs = (model(**features, output_hidden_states=True).hidden_states[1] for model in (student, teacher))
+    distance = (ours - theirs.detach()).square().mean(-1)
+    real = 3 * distance[0].mean() + 1 * distance[1, :3].mean()  # each text as much as its labels
+    labelled = distance[0, 1:4].sum() + distance[1, 1]
+    expected = (0.3 * real + 0.2 * labelled) / 4
+    torch.testing.assert_close(loss, expected)
+    weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    gradients = [torch.autograd.grad(value, weights, allow_unused=True) for value in (loss, expected)]
+    for found, gradient in zip(*gradients, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+    batch["input_ids"] = ids.masked_fill(ids == 0, 20)
+    torch.testing.assert_close(trainer.compute_loss(student, batch), loss)
+    assert [term.config().get("positions") for term in objectives] == ["all real tokens", None]
+
+
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.05], ids=["unclipped", "clipped"])
 def test_projectors_are_stepped_clipped_and_reset_with_the_student(max_grad_norm, tmp_path):
     models = make_models(wide_teacher=True)

@@ -18,7 +18,7 @@ KINDS = {
     "KDTrainer-LoRA-projectors": {"kind": "kd", "lora": True, **HIDDEN},
     "KDSFTTrainer-attention": {"kind": "sft", "attention_weight": 2.0},
     "KDSFTTrainer-LoRA-projectors": {"kind": "sft", "lora": True, **HIDDEN},
-    "SFTTrainer-callback-projectors": {"kind": "sft-callback", **HIDDEN},
+    "SFTTrainer-callback-projectors": {"kind": "sft-callback", "positions": "real", **HIDDEN},
     "DPOTrainer-callback-projectors": {"kind": "dpo-callback", **HIDDEN},
 }
 KEYS = ["loss", "ce_loss", "forward_kl_loss", "student_nll", "teacher_nll", "top1_agreement", "kl"]
