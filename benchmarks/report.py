@@ -47,7 +47,7 @@ def section(suite: str, row: Row) -> str:
     for name, peak in peaks.items():
         cell = [name, round(seconds[name], 3), round(seconds[name] / seconds[first], 2)]
         cell += [round(peak), round(peak / peaks[first], 3)]
-        cells.append(cell + [f"{seconds['floor'] / seconds[name]:.0%}"] * ("floor" in seconds))
+        cells.append(cell + ([f"{seconds['floor'] / seconds[name]:.0%}"] if "floor" in seconds else []))
     turns = f"median of {len(row['seconds'][first])} turns on {row['threads']} threads"
     return "\n".join([f"### {suite}, {row['preset']}", "", *_notes(row, turns), "", markdown_table(columns, cells)])
 
