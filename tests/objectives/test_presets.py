@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from hf_distill import HiddenStateObjective, LogitObjective
 from hf_distill.anatomy import shape_of
-from hf_distill.objectives import distilbert_objectives, minilm_objectives, tinybert_objectives
+from hf_distill.objectives import FeatureObjective, distilbert_objectives, minilm_objectives, tinybert_objectives
 from hf_distill.signals import ModelShape
 from hf_distill.training.terms import FeatureTerms, check_objectives
 from tests import tiny
@@ -62,7 +62,17 @@ def test_minilm_has_the_relations_of_the_last_layer(layer, pair):
     torch.testing.assert_close(objective(*attention_signals()), expected)
 
 
-@pytest.mark.parametrize("preset", [distilbert_objectives, minilm_objectives, tinybert_objectives])
+PRESETS = [distilbert_objectives, minilm_objectives, tinybert_objectives]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_all_real_tokens_are_compared_as_in_the_papers(preset):
+    inside = [objective for objective in preset() if isinstance(objective, FeatureObjective)]
+    assert inside
+    assert all(objective.positions == "real" for objective in inside)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("kinds", [("bert", "llama"), ("gpt2", "roberta"), ("qwen3", "llama")])
 def test_a_decoder_is_refused_with_both_models_named(preset, kinds):
     student, teacher = (
