@@ -65,6 +65,21 @@ def test_minilm_has_the_relations_of_the_last_layer(layer, pair):
 PRESETS = [distilbert_objectives, minilm_objectives, tinybert_objectives]
 
 
+@pytest.mark.parametrize(
+    ("preset", "arguments", "weights"),
+    [
+        (distilbert_objectives, {}, [5.0, 1.0]),
+        (distilbert_objectives, {"kd_weight": 0.2, "cosine_weight": 0.3}, [0.2, 0.3]),
+        (tinybert_objectives, {}, [1.0, 1.0]),
+        (tinybert_objectives, {"hidden_weight": 0.2, "attention_weight": 0.3}, [0.2, 0.3]),
+        (minilm_objectives, {}, [1.0]),
+        (minilm_objectives, {"weight": 0.2}, [0.2]),
+    ],
+)
+def test_every_weight_is_the_papers_or_the_one_that_is_given(preset, arguments, weights):
+    assert [objective.weight for objective in preset(**arguments)] == weights
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_all_real_tokens_are_compared_as_in_the_papers(preset):
     inside = [objective for objective in preset() if isinstance(objective, FeatureObjective)]
