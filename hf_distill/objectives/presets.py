@@ -1,6 +1,11 @@
-"""The objectives of published recipes for encoders, as lists for `objectives=[...]`."""
+"""The objectives of published recipes for encoders, as lists for `objectives=[...]`.
+
+What they compare inside the models they compare at all real tokens, as the papers do.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -12,6 +17,12 @@ from hf_distill.objectives.logits import LogitObjective
 from hf_distill.signals import ModelShape, StudentSignals, TeacherSignals
 
 
+if TYPE_CHECKING:
+    Base = HiddenStateObjective  # or AttentionObjective: what is used of them has the same names
+else:
+    Base = object
+
+
 def distilbert_objectives(
     kd_weight: float = 5.0, cosine_weight: float = 1.0, temperature: float = 2.0
 ) -> list[Objective]:
@@ -19,7 +30,7 @@ def distilbert_objectives(
 
     The third term there, masked language modelling on the labels, is the trainer's `ce_weight`: 2.0 with these
     defaults, which are those of the code. Its students have every second layer of the teacher to begin with; `shrink`
-    makes one. There both terms also count tokens that are not masked; here they count the labelled ones.
+    makes one. There the soft targets also count tokens that are not masked; here they count the labelled ones.
 
     Args:
         kd_weight: Weight of the soft targets.
@@ -32,7 +43,7 @@ def distilbert_objectives(
         trainer = KDTrainer(student, teacher, args, objectives=distilbert_objectives(), ...)
         ```
     """
-    last = EncoderHiddenStates("distilbert_objectives", cosine_weight, loss="cosine", layer_mapping=[(-1, -1)])
+    last = DistilBertHiddenStates(cosine_weight, loss="cosine", layer_mapping=[(-1, -1)], positions="real")
     return [LogitObjective(kd_weight, temperature=temperature), last]
 
 
@@ -48,8 +59,8 @@ def tinybert_objectives(hidden_weight: float = 1.0, attention_weight: float = 1.
         attention_weight: Weight of the sum over attention scores.
     """
     return [
-        EveryHiddenState("tinybert_objectives", hidden_weight, loss="mse", shared_projector=True),
-        EveryAttention("tinybert_objectives", attention_weight, loss="score_mse"),
+        TinyBertHiddenStates(hidden_weight, loss="mse", shared_projector=True, positions="real"),
+        TinyBertAttention(attention_weight, loss="score_mse", positions="real"),
     ]
 
 
@@ -62,71 +73,59 @@ def minilm_objectives(weight: float = 1.0, teacher_layer: int = -1) -> list[Obje
         weight: Weight of the three relations together.
         teacher_layer: The last one for teachers of 12 layers; for 24 layers the paper takes the 19th to 21st.
     """
-    return [EncoderAttention("minilm_objectives", weight, loss="relations", layer_mapping=[(-1, teacher_layer)])]
+    return [MiniLMAttention(weight, loss="relations", layer_mapping=[(-1, teacher_layer)], positions="real")]
 
 
-class EncoderHiddenStates(HiddenStateObjective):
-    """Hidden states, compared as a recipe for encoders does it.
+class ForEncoders(Base):
+    """What stands before the objective in a term of these recipes: it refuses decoders.
 
-    Args:
+    Attributes:
         recipe: Its name, for messages.
-        weight: See `HiddenStateObjective`.
-        **settings: See `HiddenStateObjective`.
+        first_layer: Every layer of the student from this one on is paired, and the pairs are summed instead of
+            averaged; None leaves both to the objective.
     """
 
-    def __init__(self, recipe: str, weight: float, **settings: object) -> None:
-        super().__init__(weight, **settings)  # type: ignore[arg-type]
-        self.recipe = recipe
+    recipe: ClassVar[str]
+    first_layer: ClassVar[int | None] = None
 
     def bind(self, student: ModelShape, teacher: ModelShape) -> None:
-        """Refuse decoders; see `FeatureObjective.bind`."""
+        """Refuse decoders, and pair the layers; see `FeatureObjective.bind`."""
         _refuse_decoders(self.recipe, student, teacher)
-        super().bind(student, teacher)
-
-
-class EveryHiddenState(EncoderHiddenStates):
-    """The embeddings and every layer of the student, summed instead of averaged; see `EncoderHiddenStates`."""
-
-    def bind(self, student: ModelShape, teacher: ModelShape) -> None:
-        """Pair all layers of the student; see `FeatureObjective.bind`."""
-        self.layer_mapping = [(0, 0), *layer_pairs("uniform", student.num_layers, student, teacher)]
+        if self.first_layer is not None:
+            embeddings = [(0, 0)] if self.first_layer == 0 else []
+            self.layer_mapping = [*embeddings, *layer_pairs("uniform", student.num_layers, student, teacher)]
         super().bind(student, teacher)
 
     def forward(self, student: StudentSignals, teacher: TeacherSignals) -> Tensor:
-        """The sum over labels and pairs; see `FeatureObjective.forward`."""
-        return super().forward(student, teacher) * len(self.pairs)
+        """The sum over labels, and over every layer's pair; see `FeatureObjective.forward`."""
+        mean = super().forward(student, teacher)
+        return mean if self.first_layer is None else mean * len(self.pairs)
 
 
-class EncoderAttention(AttentionObjective):
-    """Attention, compared as a recipe for encoders does it.
+class DistilBertHiddenStates(ForEncoders, HiddenStateObjective):
+    """See `distilbert_objectives`."""
 
-    Args:
-        recipe: Its name, for messages.
-        weight: See `AttentionObjective`.
-        **settings: See `AttentionObjective`.
-    """
-
-    def __init__(self, recipe: str, weight: float, **settings: object) -> None:
-        super().__init__(weight, **settings)  # type: ignore[arg-type]
-        self.recipe = recipe
-
-    def bind(self, student: ModelShape, teacher: ModelShape) -> None:
-        """Refuse decoders; see `FeatureObjective.bind`."""
-        _refuse_decoders(self.recipe, student, teacher)
-        super().bind(student, teacher)
+    recipe = "distilbert_objectives"
 
 
-class EveryAttention(EncoderAttention):
-    """Every layer of the student, summed instead of averaged; see `EncoderAttention`."""
+class TinyBertHiddenStates(ForEncoders, HiddenStateObjective):
+    """See `tinybert_objectives`."""
 
-    def bind(self, student: ModelShape, teacher: ModelShape) -> None:
-        """Pair all layers of the student; see `FeatureObjective.bind`."""
-        self.layer_mapping = layer_pairs("uniform", student.num_layers, student, teacher)
-        super().bind(student, teacher)
+    recipe = "tinybert_objectives"
+    first_layer = 0
 
-    def forward(self, student: StudentSignals, teacher: TeacherSignals) -> Tensor:
-        """The sum over labels and pairs; see `FeatureObjective.forward`."""
-        return super().forward(student, teacher) * len(self.pairs)
+
+class TinyBertAttention(ForEncoders, AttentionObjective):
+    """See `tinybert_objectives`."""
+
+    recipe = "tinybert_objectives"
+    first_layer = 1
+
+
+class MiniLMAttention(ForEncoders, AttentionObjective):
+    """See `minilm_objectives`."""
+
+    recipe = "minilm_objectives"
 
 
 def _refuse_decoders(recipe: str, student: ModelShape, teacher: ModelShape) -> None:

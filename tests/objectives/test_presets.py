@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from hf_distill import HiddenStateObjective, LogitObjective
 from hf_distill.anatomy import shape_of
-from hf_distill.objectives import distilbert_objectives, minilm_objectives, tinybert_objectives
+from hf_distill.objectives import FeatureObjective, distilbert_objectives, minilm_objectives, tinybert_objectives
 from hf_distill.signals import ModelShape
 from hf_distill.training.terms import FeatureTerms, check_objectives
 from tests import tiny
@@ -62,7 +62,32 @@ def test_minilm_has_the_relations_of_the_last_layer(layer, pair):
     torch.testing.assert_close(objective(*attention_signals()), expected)
 
 
-@pytest.mark.parametrize("preset", [distilbert_objectives, minilm_objectives, tinybert_objectives])
+PRESETS = [distilbert_objectives, minilm_objectives, tinybert_objectives]
+
+
+@pytest.mark.parametrize(
+    ("preset", "arguments", "weights"),
+    [
+        (distilbert_objectives, {}, [5.0, 1.0]),
+        (distilbert_objectives, {"kd_weight": 0.2, "cosine_weight": 0.3}, [0.2, 0.3]),
+        (tinybert_objectives, {}, [1.0, 1.0]),
+        (tinybert_objectives, {"hidden_weight": 0.2, "attention_weight": 0.3}, [0.2, 0.3]),
+        (minilm_objectives, {}, [1.0]),
+        (minilm_objectives, {"weight": 0.2}, [0.2]),
+    ],
+)
+def test_every_weight_is_the_papers_or_the_one_that_is_given(preset, arguments, weights):
+    assert [objective.weight for objective in preset(**arguments)] == weights
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_all_real_tokens_are_compared_as_in_the_papers(preset):
+    inside = [objective for objective in preset() if isinstance(objective, FeatureObjective)]
+    assert inside
+    assert all(objective.positions == "real" for objective in inside)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("kinds", [("bert", "llama"), ("gpt2", "roberta"), ("qwen3", "llama")])
 def test_a_decoder_is_refused_with_both_models_named(preset, kinds):
     student, teacher = (
