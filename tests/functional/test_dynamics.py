@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_distill.functional import LMHead
+from hf_distill.functional import LMHead, dynamics
 from hf_distill.functional.dynamics import feature_dynamics
 from tests.functional.test_features import draw, rotation
 
@@ -129,6 +129,16 @@ def test_only_one_chunk_of_logits_is_kept_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         feature_dynamics(student, LMHead(weight), teacher, LMHead(teacher_weight), chunk_bytes=1)
     assert max(kept, default=0) < 100 * 20
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_head_that_is_not_trained_gets_thinner_chunks(trained, monkeypatch):
+    student, weight, teacher, teacher_weight = sides(5)
+    seen = []
+    monkeypatch.setattr(dynamics, "chunk_rows", lambda *args, trained_head: seen.append(trained_head) or 3)
+    head = LMHead(weight.detach().requires_grad_(trained))
+    feature_dynamics(student, head, teacher, LMHead(teacher_weight))
+    assert seen == [trained]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(1, 1), (3, 2)])

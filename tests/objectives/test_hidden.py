@@ -5,7 +5,7 @@ import torch
 
 from hf_distill import HiddenStateObjective
 from hf_distill.functional.features import PER_SET, PER_TOKEN
-from hf_distill.objectives import RegressorFreeObjective, linear
+from hf_distill.objectives import HiddenDeltaObjective, RegressorFreeObjective, linear
 from hf_distill.signals import ModelShape, Projection, StudentSignals, TeacherSignals, Tokens, identity
 
 
@@ -40,6 +40,11 @@ def test_the_sum_is_that_of_the_mean_over_pairs(loss):
     assert objective.pairs == ((1, 2), (2, 4))
     expected = (PER_TOKEN[loss](student[1], teacher[2]) + PER_TOKEN[loss](student[2], teacher[4])).sum() / 2
     torch.testing.assert_close(objective(*signals(student, teacher)), expected)
+
+
+def test_a_paper_is_cited_only_for_what_it_describes():
+    assert HiddenStateObjective().citation == "1412.6550"
+    assert HiddenDeltaObjective().citation == RegressorFreeObjective(channels=[0]).citation == ""
 
 
 def test_an_unknown_choice_of_positions_is_refused():

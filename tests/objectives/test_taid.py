@@ -74,9 +74,10 @@ def test_a_run_of_one_step_and_a_second_run_begin_at_the_start():
     assert interpolation.value == 0.4
 
 
-def test_a_loss_that_is_not_finite_is_passed_over():
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_passed_over(loss):
     settings = {"alpha": 0.9, "momentum": 0.5}
-    broken = run(TAIDInterpolation(**settings), [*LOSSES[:3], math.nan, *LOSSES[4:]])
+    broken = run(TAIDInterpolation(**settings), [*LOSSES[:3], loss, *LOSSES[4:]])
     whole = run(TAIDInterpolation(**settings), LOSSES)
     assert broken[:4] == whole[:4]
     assert broken[3] <= broken[4] < broken[5] < 1
