@@ -17,7 +17,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from hf_distill.anatomy import Anatomy, describe
 from hf_distill.attention_anatomy import attention_function, projections, uses_interface
 from hf_distill.signals import AttentionStates, Visibility
-from hf_distill.taps.limits import COMPILED_BEFORE, refuse_reentrant_checkpoints
+from hf_distill.taps.limits import refuse_reentrant_checkpoints
+from hf_distill.taps.recorder import Recorder
 
 
 # The model's own implementation follows; "flash" stays part of the name, by which transformers knows it.
@@ -26,41 +27,18 @@ PREFIX = "hf_distill_tap_"
 OTHER_SCORES = ("s_aux", "position_bias")
 
 
-class AttentionTap:
+class AttentionTap(Recorder[AttentionStates]):
     """Queries, keys and values of one forward call, by layer."""
 
-    def __init__(self, layers: Collection[int]) -> None:
-        self._layers = frozenset(layers)
-        self._states: dict[int, AttentionStates] = {}
-        self._grad_mode = torch.is_grad_enabled()
-
-    @property
-    def states(self) -> dict[int, AttentionStates]:
-        """By layer, part of the model's graph.
-
-        Raises:
-            RuntimeError: The model has not been called inside the context, or a layer ran no attention.
-        """
-        if missing := self._layers - self._states.keys():
-            raise RuntimeError(
-                f"The tap has nothing from layers {sorted(missing)}: call the model inside `with tap_attention(model, "
-                f"layers) as tap:` first, and name layers that have attention. {COMPILED_BEFORE}"
-            )
-        return self._states
-
-    def _hears(self) -> bool:
-        """False for a reference model's pass, and for what gradient checkpointing computes again in backward."""
-        return torch.is_grad_enabled() == self._grad_mode and torch._C._current_graph_task_id() == -1
+    opened_by = "tap_attention"
 
     def _record(self, layer: int, states: AttentionStates) -> None:
-        if layer in self._states:
-            raise RuntimeError("The model ran twice inside one `tap_attention`: open a tap for each forward call.")
         if states.key.shape[2] != states.query.shape[2]:
             raise ValueError(
                 f"Layer {layer} has {states.query.shape[2]} queries and {states.key.shape[2]} keys; attention can be "
                 "compared within one sequence only: no cache, no prefix tuning."
             )
-        self._states[layer] = states
+        super()._record(layer, states)
 
 
 @contextmanager

@@ -12,37 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.anatomy import Anatomy, describe
-from hf_distill.taps.limits import COMPILED_BEFORE, refuse_reentrant_checkpoints
+from hf_distill.taps.limits import refuse_reentrant_checkpoints
+from hf_distill.taps.recorder import Recorder
 
 
-class HiddenStatesTap:
-    """Hidden states of one forward call, by layer."""
+class HiddenStatesTap(Recorder[Tensor]):
+    """Hidden states of one forward call, `[B, S, H]` by layer."""
 
-    def __init__(self, layers: Collection[int]) -> None:
-        self._layers = frozenset(layers)
-        self._states: dict[int, Tensor] = {}
-        self._grad_mode = torch.is_grad_enabled()
+    opened_by = "tap_hidden_states"
 
-    @property
-    def states(self) -> dict[int, Tensor]:
-        """`[B, S, H]` by layer, part of the model's graph.
-
-        Raises:
-            RuntimeError: The model has not been called inside the context, or a layer did not run.
-        """
-        if missing := self._layers - self._states.keys():
-            raise RuntimeError(
-                f"The tap has nothing from layers {sorted(missing)}: call the model inside "
-                f"`with tap_hidden_states(model, layers) as tap:` first. {COMPILED_BEFORE}"
-            )
-        return self._states
-
-    def _record(self, layer: int, states: Any) -> None:
-        if torch.is_grad_enabled() != self._grad_mode:
-            return  # a reference model's pass, for example
-        if layer in self._states:
-            raise RuntimeError("The model ran twice inside one `tap_hidden_states`: open a tap for each forward call.")
-        self._states[layer] = states if isinstance(states, Tensor) else states[0]
+    def _hear(self, layer: int, output: Any) -> None:
+        if self._hears():
+            self._record(layer, output if isinstance(output, Tensor) else output[0])
 
 
 # What records the outputs of a module (or, for the embeddings, its input) under the tap that is open there; see
@@ -94,7 +75,7 @@ def tap_hidden_states(model: nn.Module, layers: Collection[int]) -> Iterator[Hid
             module, registry = _place_of(parts, layer)
             if module in registry:
                 raise RuntimeError(f"Layer {layer} has an open `tap_hidden_states` already: leave it first.")
-            registry[module] = partial(tap._record, layer)
+            registry[module] = partial(tap._hear, layer)
             opened.append((registry, module))
             if registry is _open_embeddings:
                 handles.append(module.register_forward_pre_hook(_record_input, with_kwargs=True))
