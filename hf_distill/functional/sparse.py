@@ -156,16 +156,15 @@ def check_targets(targets: SparseLogits, recipe: Recipe) -> None:
             )
         if targets.log_probs is None and bound.divergence.from_cross_entropy is None:
             raise ValueError(
-                f"The divergence {name!r} needs log-probabilities, and `teacher_targets` has sampled masses only; use "
-                "'forward_kl', or a cache whose encoding keeps log-probabilities: 'topk' or 'topk_tail'."
+                f"The divergence {name!r} needs `log_probs`, and `teacher_targets` has sampled masses only; use "
+                "'forward_kl', or keep the log-probabilities of the ids too."
             )
     temperature = recipe.temperature
     if recipe.divergences and _key_near(targets.temperatures, temperature) is None:
         fix = (
-            f"build the cache with them: build_cache(..., temperatures=(1.0, {temperature:g}))."
+            f"give `log_normalisers` (and for sampled masses `entropies`) at {temperature:g}, too."
             if targets.log_probs is not None
-            else "sampled masses hold at T = 1: set temperature=1.0, or take a cache whose encoding keeps "
-            "log-probabilities: 'topk' or 'topk_tail'."
+            else "sampled masses hold at T = 1: set temperature=1.0, or keep the log-probabilities of the ids too."
         )
         raise ValueError(
             f"`temperature` is {temperature:g}, and `teacher_targets` declares {list(targets.temperatures)}; {fix}"

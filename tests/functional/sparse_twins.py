@@ -117,3 +117,11 @@ def _with_bucket(log_q: Tensor, targets: SparseLogits, temperature: float) -> tu
         torch.cat([student[0], student[1].logsumexp(1, keepdim=True)], 1),
         torch.cat([log_p.masked_fill(~known, -math.inf), rest], 1) - scale,
     )
+
+
+def draws(case, **arguments):
+    return sampled(case.teacher_head(case.teacher_hidden), case.labels, dtype=case.hidden.dtype, **arguments)
+
+
+def gradients(out, case):
+    return torch.autograd.grad(out.loss, case.leaves)
