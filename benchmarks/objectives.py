@@ -68,7 +68,8 @@ class Case:
 
 HIDDEN, ATTENTION, RELATION = "HiddenStateObjective", "AttentionObjective", "RelationObjective"
 REFERENCE = "CE + KL"
-# The weights give a term about a quarter of the gradient in the first step; see `shares` in the results.
+# The weights are meant to give a term about a quarter of the gradient in the first step (LOG.md); see `shares` in the
+# results.
 CASES = {
     REFERENCE: Case(),
     "hidden mse": Case(HIDDEN, 0.04, {"loss": "mse", "skip_first": True}),

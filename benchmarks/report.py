@@ -102,6 +102,21 @@ def comparison_section(rows: list[Row], costs: list[Row]) -> str:
     return "\n".join(["### objectives", "", *notes, "", comparison(rows, cost)])
 
 
+def growth_section(rows: list[Row]) -> str:
+    """One table of all sizes."""
+    columns, cells = ["", "tokens", "vocabulary", "seconds", "peak (MB)", "floor"], []
+    for row in rows:
+        seconds, setting = medians(row), row["setting"]
+        for name, peak in row["peak_mb"].items():
+            size = [f"{setting['tokens']:,}", f"{setting['vocabulary']:,}"]
+            cells.append(
+                [name, *size, round(seconds[name], 3), round(peak), f"{seconds['floor'] / seconds[name]:.0%}"]
+            )
+    turns = f"the last row of {len(rows)}; median of {len(next(iter(rows[-1]['seconds'].values())))} turns"
+    notes = _notes(rows[-1], f"{turns} on {rows[-1]['threads']} threads")
+    return "\n".join(["### growth", "", *notes, "", markdown_table(columns, cells)])
+
+
 def plot_growth(rows: list[Row]) -> None:
     """Seconds and peaks against tokens, a line per case and vocabulary."""
     import matplotlib
@@ -110,7 +125,6 @@ def plot_growth(rows: list[Row]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    rows = sorted(rows, key=lambda row: (row["setting"]["vocabulary"], row["setting"]["tokens"]))
     for vocabulary, group in groupby(rows, lambda row: row["setting"]["vocabulary"]):
         same = list(group)
         tokens = [row["setting"]["tokens"] for row in same]
@@ -126,12 +140,13 @@ def plot_growth(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    tables = [section(suite, row) for suite in ("loss", "step", "taps", "growth") for row in load(suite)]
+    tables = [section(suite, row) for suite in ("loss", "step", "taps") for row in load(suite)]
     runs = sorted(measure.load("objectives"), key=_setting)  # stable
     tables += [comparison_section(list(group), load("taps")) for _, group in groupby(runs, _setting)]
-    growth = load("growth")
+    growth = sorted(load("growth"), key=lambda row: (row["setting"]["vocabulary"], row["setting"]["tokens"]))
     if growth:
         plot_growth(growth)
+        tables.append(growth_section(growth))
         tables.append(f"![How time and memory grow]({PLOT.relative_to(README.parent)})")
     before, rest = README.read_text().split(START)
     _, after = rest.split(END)

@@ -338,3 +338,19 @@ def test_no_softmax_overflows_or_vanishes(student_extra, temperature):
     torch.testing.assert_close(out.parts["forward_kl"].double(), exact.parts["forward_kl"], rtol=1e-2, atol=1e-5)
     torch.testing.assert_close(out.metrics["kl"].double(), exact.metrics["kl"], rtol=1e-2, atol=1e-5)
     torch.testing.assert_close(gradient, exact_gradient, rtol=1e-2, atol=1e-5)
+
+
+def test_logits_that_belong_to_a_model_are_left_as_they_are():
+    logits, teacher = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+    before = logits.detach().clone(), teacher.clone()
+    out = linear_distillation_loss(
+        logits,
+        lambda rows: rows,
+        torch.arange(5),
+        teacher_hidden=teacher,
+        teacher_head=lambda rows: rows,
+        metrics=METRICS,
+    )
+    out.loss.backward()
+    assert torch.equal(logits, before[0])
+    assert torch.equal(teacher, before[1])
