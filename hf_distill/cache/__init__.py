@@ -1,0 +1,1 @@
+"""Soft labels on disk: a teacher is run once, and distilled from anywhere."""
