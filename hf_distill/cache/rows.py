@@ -61,13 +61,13 @@ def rows_of(example: Mapping[str, Any]) -> Iterator[Row]:
             "`trainer.train_dataset` of the KDSFTTrainer that will read the cache."
         )
     ids = np.asarray(example["input_ids"], dtype=np.int32)
-    learned = np.ones(len(ids), dtype=bool)
+    learned: np.ndarray = np.ones(len(ids), dtype=bool)
     if example.get("labels") is not None:
         learned &= _like(ids, "labels", example["labels"]) != -100
     for name in MASKS:
         if example.get(name) is not None:
             learned &= _like(ids, name, example[name]) != 0
-    real = np.ones(len(ids), dtype=bool)
+    real: np.ndarray = np.ones(len(ids), dtype=bool)
     if example.get("attention_mask") is not None:
         real = _like(ids, "attention_mask", example["attention_mask"]) != 0
     bounds = _bounds(example, ids)
