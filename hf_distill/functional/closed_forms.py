@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.functional.divergences import adaptive_weights, log_interpolated
+from hf_distill.functional.softmax import Softmax
 
 
 if TYPE_CHECKING:
@@ -36,20 +37,36 @@ class Tile:
     """Both distributions of a block of rows, `[n, V]` each, in the precision of the statistics.
 
     Args:
-        log_q: Student's log-probabilities.
-        q: Student's probabilities.
-        log_p: Teacher's log-probabilities.
-        p: Teacher's probabilities.
+        student: Its distribution q.
+        teacher: Its distribution p.
         spare: Gives the buffer `[n, V]` of a name; its contents are undefined.
         noted: What a term knows beside its value, `[n]` by name of a metric.
     """
 
-    log_q: Tensor
-    q: Tensor
-    log_p: Tensor
-    p: Tensor
+    student: Softmax
+    teacher: Softmax
     spare: Callable[[str], Tensor]
     noted: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def log_q(self) -> Tensor:
+        """Student's log-probabilities."""
+        return self.student.log_probs
+
+    @property
+    def q(self) -> Tensor:
+        """Student's probabilities."""
+        return self.student.probs
+
+    @property
+    def log_p(self) -> Tensor:
+        """Teacher's log-probabilities."""
+        return self.teacher.log_probs
+
+    @property
+    def p(self) -> Tensor:
+        """Teacher's probabilities."""
+        return self.teacher.probs
 
     @cached_property
     def gap(self) -> Tensor:
@@ -59,7 +76,7 @@ class Tile:
     @cached_property
     def forward_kl(self) -> Tensor:
         """KL(p || q), `[n]`."""
-        return torch.linalg.vecdot(self.p, self.gap)
+        return self.teacher.kl(self.student)
 
     @cached_property
     def reverse_kl(self) -> Tensor:
@@ -72,7 +89,7 @@ class Tile:
 
     def complete_(self, pull: Tensor, row_sum: Tensor) -> None:
         """Turn `pull` into the gradient, given the row sums of all pulls, `[n, 1]` or one number."""
-        pull.addcmul_(self.q, row_sum, value=-1)
+        self.student.add_to_(pull, -row_sum)
 
     def mixture(self, share_of_p: float) -> Tensor:
         """`share_of_p * p + (1 - share_of_p) * q`, never quite 0, in the buffer "mixture"."""
@@ -83,15 +100,15 @@ class Tile:
 def forward_kl(tile: Tile, pull: Tensor | None, factor: float, /) -> Result:
     """KL(p || q): w = -p."""
     if pull is not None:
-        pull.sub_(tile.p, alpha=factor)
+        tile.teacher.add_to_(pull, -factor)
     return tile.forward_kl, -factor
 
 
 def soft_cross_entropy(tile: Tile, pull: Tensor | None, factor: float, /) -> Result:
     """-sum p log q: w = -p."""
     if pull is not None:
-        pull.sub_(tile.p, alpha=factor)
-    return -torch.linalg.vecdot(tile.p, tile.log_q), -factor
+        tile.teacher.add_to_(pull, -factor)
+    return tile.teacher.cross_entropy(tile.student), -factor
 
 
 def reverse_kl(tile: Tile, pull: Tensor | None, factor: float, /) -> Result:

@@ -9,61 +9,27 @@ import torch
 from torch import Tensor
 
 from hf_distill.functional.closed_forms import Tile
+from hf_distill.functional.softmax import Softmax
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Precision of the softmax and of all sums: fp32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def normalise_(logits: Tensor, probs: Tensor, top: Tensor | None = None) -> None:
-    """Turn finite `logits` `[n, V]` into log-probabilities in place and write the probabilities to `probs`.
-
-    A few light passes: half the time of torch.log_softmax and exp on a CPU. `top` is the greatest logit of each row,
-    `[n, 1]`, where it is known.
-    """
-    normalise_shifted_(logits.sub_(logits.amax(-1, keepdim=True) if top is None else top), probs)
-
-
-def normalise_shifted_(logits: Tensor, probs: Tensor) -> None:
-    """As `normalise_`, for logits whose exponentials can be added up as they are."""
-    torch.exp(logits, out=probs)
-    total = probs.sum(-1, keepdim=True)
-    probs.div_(total)
-    logits.sub_(total.log_())
-
-
-def normalise_at_one_(
-    side: str, logits: Tensor, probs: Tensor, metrics: Sequence[str], labels: Tensor, top: Tensor | None
-) -> dict[str, Tensor]:
-    """Normalise over the whole width; returns the likelihood, and the entropy where asked for, `[n]` by name.
-
-    `top` is the greatest logit of each row, where it is known.
-    """
-    normalise_(logits, probs, top)
-    values = {f"{side}_nll": -logits.gather(1, labels).squeeze(1)}
+def likelihood(side: str, of: Softmax, metrics: Sequence[str], labels: Tensor) -> dict[str, Tensor]:
+    """The likelihood over the whole width, and the entropy where asked for, `[n]` by name."""
+    values = {f"{side}_nll": -of.log_prob(labels).squeeze(1)}
     if f"{side}_entropy" in metrics:
-        values[f"{side}_entropy"] = -torch.linalg.vecdot(probs, logits)
+        values[f"{side}_entropy"] = of.entropy
     return values
 
 
-def softmax_(
-    logits: Tensor, probs: Tensor | None, temperature: float, buffer: Callable[[int, int], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities, in place of `logits` `[n, V]`, and probabilities at a temperature.
+def at_temperature_(
+    logits: Tensor, at_one: Softmax | None, temperature: float, buffer: Callable[[int, int], Tensor]
+) -> Softmax:
+    """The distribution of `logits` `[n, V]` at a temperature, in place.
 
-    `probs` are those at T = 1 over a width that may be greater, and are taken where they fit, with `logits` then being
-    log-probabilities already.
+    `at_one` is that at T = 1 over a width that may be greater, whose logits are those; it is taken where it fits.
     """
-    normalised = probs is not None and probs.shape == logits.shape
-    if probs is None or not normalised or temperature != 1.0:
-        if temperature != 1.0:
-            logits.mul_(1 / temperature)
-        probs = buffer(*logits.shape)
-        # Log-probabilities over T >= 1 have exponentials that add up to between 1 and V.
-        normalise = normalise_shifted_ if normalised and temperature >= 1.0 else normalise_
-        normalise(logits, probs)
-    return logits, probs
+    if at_one is None or at_one.shape != logits.shape:
+        return Softmax(logits.mul_(1 / temperature) if temperature != 1.0 else logits, buffer(*logits.shape))
+    return at_one if temperature == 1.0 else at_one.at_(temperature, buffer(*logits.shape))
 
 
 def first_max(values: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
@@ -95,7 +61,7 @@ class DenseBlock:
     """The teacher's side of a block of rows.
 
     Args:
-        logits: `[n, V_t]`, overwritten by log-probabilities.
+        logits: `[n, V_t]`, overwritten.
         shared: How many tokens of the vocabulary student and teacher share.
         buffer: Gives the buffer of a name, with this many rows and columns.
     """
@@ -104,7 +70,7 @@ class DenseBlock:
         self._logits = logits
         self._shared = logits[:, :shared]
         self._buffer = buffer
-        self._probs: Tensor | None = None
+        self._at_one: Softmax | None = None
         self._top: Tensor | None = None
 
     def top(self) -> Tensor:
@@ -116,10 +82,10 @@ class DenseBlock:
         """What does not depend on the student, `[n]` by name."""
         if not {"teacher_nll", "teacher_entropy"} & set(names):
             return {}
-        self._probs = self._buffer("teacher_probs", *self._logits.shape)
-        return normalise_at_one_("teacher", self._logits, self._probs, names, labels, self._top)
+        self._at_one = Softmax(self._logits, self._buffer("teacher_probs", *self._logits.shape), self._top)
+        return likelihood("teacher", self._at_one, names, labels)
 
-    def compare(self, log_q: Tensor, q: Tensor, temperature: float) -> Tile:
+    def compare(self, student: Softmax, temperature: float) -> Tile:
         """Both distributions at a temperature; the student's is `[n, V]` over the shared vocabulary."""
-        log_p, p = softmax_(self._shared, self._probs, temperature, partial(self._buffer, "p"))
-        return Tile(log_q, q, log_p, p, spare=lambda name: self._buffer(name, *q.shape))
+        teacher = at_temperature_(self._shared, self._at_one, temperature, partial(self._buffer, "p"))
+        return Tile(student, teacher, spare=lambda name: self._buffer(name, *student.shape))

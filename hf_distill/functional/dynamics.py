@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_distill.functional.dense_tile import statistics_dtype
 from hf_distill.functional.fused import Head, chunk_rows, is_trained, vocabulary_of
 from hf_distill.functional.head import LMHead
+from hf_distill.functional.softmax import statistics_dtype
 
 
 # Norms of differences are kept above this in the cosine, as in the paper.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_distill.functional.dense_tile import statistics_dtype
 from hf_distill.functional.head import LMHead
 from hf_distill.functional.linear import LinearJob, linear_loss
 from hf_distill.functional.recipe import Recipe, Terms, resolve_recipe
 from hf_distill.functional.reduce import reciprocal, reduce_sum
+from hf_distill.functional.softmax import statistics_dtype
 from hf_distill.functional.sparse import SparseLogits, check_targets
 from hf_distill.functional.tile import TeacherRows, tile_loss
 

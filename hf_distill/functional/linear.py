@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.functional.dense_tile import statistics_dtype
 from hf_distill.functional.head import LMHead
 from hf_distill.functional.recipe import Recipe
+from hf_distill.functional.softmax import statistics_dtype
 from hf_distill.functional.sparse import SparseLogits
 from hf_distill.functional.tile import TileLoss, refuse_double_backward
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hf_distill.functional.closed_forms import Result, Tile
 from hf_distill.functional.registry import BoundDivergence, resolve_divergence
+from hf_distill.functional.softmax import Softmax
 from hf_distill.functional.sparse import SparseLogits
 
 
@@ -86,9 +87,9 @@ class SparseBlock:
         targets, part = self.teacher.targets, self.part
         return {"teacher_nll": -targets.label_log_probs[part], "teacher_entropy": targets.entropy_at(1.0)[part]}
 
-    def compare(self, log_q: Tensor, q: Tensor, temperature: float) -> SparseTile:
+    def compare(self, student: Softmax, temperature: float) -> SparseTile:
         """Both distributions at a temperature; the student's is `[n, V]` over the shared vocabulary."""
-        return SparseTile(self, log_q, q, temperature)
+        return SparseTile(self, student, temperature)
 
 
 class SparseTile:
@@ -96,18 +97,18 @@ class SparseTile:
 
     Args:
         block: The teacher's side.
-        log_q: Student's log-probabilities `[n, V]`.
-        q: Student's probabilities `[n, V]`, overwritten by `complete_`.
+        student: Its distribution, `[n, V]`; `complete_` overwrites its probabilities.
         temperature: Of both sides.
     """
 
-    def __init__(self, block: SparseBlock, log_q: Tensor, q: Tensor, temperature: float) -> None:
-        self.q = q
+    def __init__(self, block: SparseBlock, student: Softmax, temperature: float) -> None:
+        self.student = student
+        self.q = student.probs
         self.noted: dict[str, Tensor] = {}
         self._block = block
         self._temperature = temperature
-        self._log_q_known = log_q.gather(1, block.ids)
-        self._q_known = q.gather(1, block.ids).where(block.known, 0.0)
+        self._log_q_known = student.log_prob(block.ids)
+        self._q_known = self.q.gather(1, block.ids).where(block.known, 0.0)
         self._pull: Tensor | None = None
         self._pulls_bucket = False
 
@@ -166,9 +167,7 @@ class SparseTile:
         log_p, p = self._block.teacher.outcomes(self._temperature)
         log_rest = self._rest.clamp(min=self._floor).log()
         return Tile(
-            torch.cat([self._log_q_known, log_rest], 1),
-            torch.cat([self._q_known, self._rest], 1),
-            log_p[self._block.part],
-            p[self._block.part],
+            Softmax.of(torch.cat([self._log_q_known, log_rest], 1), torch.cat([self._q_known, self._rest], 1)),
+            Softmax.of(log_p[self._block.part], p[self._block.part]),
             spare=lambda _: torch.empty_like(p[self._block.part]),
         )

@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_distill.functional.closed_forms import Tile
-from hf_distill.functional.dense_tile import (
-    DenseBlock,
-    first_max_of_shared,
-    normalise_at_one_,
-    softmax_,
-    statistics_dtype,
-)
+from hf_distill.functional.dense_tile import DenseBlock, at_temperature_, first_max_of_shared, likelihood
 from hf_distill.functional.head import LMHead
 from hf_distill.functional.recipe import Recipe
+from hf_distill.functional.softmax import Softmax, statistics_dtype
 from hf_distill.functional.sparse import SparseLogits
 from hf_distill.functional.sparse_tile import SparseBlock, SparseTeacher, SparseTile
 
@@ -151,20 +146,20 @@ class TileLoss:
         if teacher is not None and "top1_agreement" in metrics:
             choice, top = first_max_of_shared(student, self.shared)
             values["top1_agreement"] = choice == teacher.top()
-        q = None
+        at_one = None
         if self._full_student:
-            q = self._buffer("student_probs", *student.shape)
-            values |= normalise_at_one_("student", student, q, metrics, labels, top)
+            at_one = Softmax(student, self._buffer("student_probs", *student.shape), top)
+            values |= likelihood("student", at_one, metrics, labels)
         if teacher is not None:
             values |= teacher.metrics(metrics, labels)
         tile = None
         if teacher is not None and "kl" in metrics:
-            tile = self._tile(student, q, teacher, 1.0)
+            tile = self._tile(student, at_one, teacher, 1.0)
             values["kl"] = tile.forward_kl
         if teacher is not None and self.recipe.divergences and (tile is None or self.recipe.temperature != 1.0):
-            tile = self._tile(student, q, teacher, self.recipe.temperature)
+            tile = self._tile(student, at_one, teacher, self.recipe.temperature)
 
-        pull, row_sum = self._start_pull(student, q, tile, labels, gradient is not None)
+        pull, row_sum = self._start_pull(student, at_one, tile, labels, gradient is not None)
         for row, term in enumerate(self.recipe.terms):
             if term.divergence is None:
                 self._values[row, at] = values["student_nll"]
@@ -190,15 +185,14 @@ class TileLoss:
         gradient.copy_(pull)
 
     def _tile(
-        self, student: Tensor, q: Tensor | None, teacher: DenseBlock | SparseBlock, temperature: float
+        self, student: Tensor, at_one: Softmax | None, teacher: DenseBlock | SparseBlock, temperature: float
     ) -> Tile | SparseTile:
-        """Both distributions over the shared vocabulary at a temperature; `q` is the student's at T = 1 or None."""
-        return teacher.compare(
-            *softmax_(student[:, : self.shared], q, temperature, partial(self._buffer, "q")), temperature
-        )
+        """Both distributions over the shared vocabulary at a temperature; `at_one` is the student's at T = 1."""
+        shared = student[:, : self.shared]
+        return teacher.compare(at_temperature_(shared, at_one, temperature, partial(self._buffer, "q")), temperature)
 
     def _start_pull(
-        self, student: Tensor, q: Tensor | None, tile: Tile | SparseTile | None, labels: Tensor, wanted: bool
+        self, student: Tensor, at_one: Softmax | None, tile: Tile | SparseTile | None, labels: Tensor, wanted: bool
     ) -> tuple[Tensor | None, Tensor | float]:
         """The gradient of cross-entropy, and what of it the final pass over the tile still has to complete.
 
@@ -208,11 +202,11 @@ class TileLoss:
         if not wanted:
             return None, 0.0
         weight = self._ce_weight
-        same_softmax = tile is not None and tile.q is q
-        if q is None or same_softmax or not weight:
+        same_softmax = tile is not None and tile.student is at_one
+        if at_one is None or same_softmax or not weight:
             pull = self._buffer("pull", *student.shape).zero_()
         else:
-            pull = q.mul_(weight)
+            pull = at_one.scaled_(weight)
         if weight:
             pull.scatter_add_(1, labels, pull.new_full((1, 1), -weight).expand_as(labels))
         return pull, -weight if same_softmax else 0.0
