@@ -42,7 +42,7 @@ class TeacherIdentity:
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """Digests of a tokenizer's vocabulary with its added tokens, and of its chat template; None where there is none."""
+    """Digests of a tokenizer's vocabulary with added tokens, and of its chat template; None where there is none."""
 
     vocabulary: str | None = None
     chat_template: str | None = None
@@ -87,11 +87,11 @@ class Identity:
         """What differs, each as "teacher.weights: this and not that"."""
         mine, theirs = _flat(asdict(self)), _flat(asdict(other))
         names = sorted(mine.keys() | theirs.keys())
-        return [f"{name}: {mine.get(name)!r} and not {theirs.get(name)!r}" for name in names if _differs(mine, theirs, name)]
-
-
-def _differs(mine: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> bool:
-    return mine.get(name) != theirs.get(name)
+        return [
+            f"{name}: {mine.get(name)!r} and not {theirs.get(name)!r}"
+            for name in names
+            if mine.get(name) != theirs.get(name)
+        ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -147,7 +147,11 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Make a whole cache of a folder."""
-        content = {"identity": asdict(self.identity), "shards": [asdict(s) for s in self.shards], "shared": self.shared}
+        content = {
+            "identity": asdict(self.identity),
+            "shards": [asdict(s) for s in self.shards],
+            "shared": self.shared,
+        }
         _save(folder / MANIFEST, {**content, "digest": _digest(content)})
 
     @classmethod

@@ -1,7 +1,7 @@
 """One file of a cache: named arrays behind a header that vouches for them.
 
-A file begins with `MAGIC`, the length of the header (8 bytes) and its digest (16 bytes); the header is JSON and says of
-every array where it is, what it is, and its digest. A file is there whole or not at all: it gets its name when
+A file begins with `MAGIC`, the length of the header (8 bytes) and its digest (16 bytes); the header is JSON and says
+of every array where it is, what it is, and its digest. A file is there whole or not at all: it gets its name when
 everything is on the disk.
 """
 
@@ -74,8 +74,8 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         if error.errno == errno.ENOSPC:
             raise OSError(
                 errno.ENOSPC,
-                f"The disk is full: {path} could not be written. What was written before is whole; free some space and "
-                "start the same command again, it goes on from there.",
+                f"The disk is full: {path} could not be written. What was written before is whole; free some space "
+                "and start the same command again, it goes on from there.",
             ) from error
         raise
     finally:
@@ -218,8 +218,8 @@ class Shard(Mapping[str, np.ndarray]):
 
     def _damaged(self, what: str) -> ValueError:
         return ValueError(
-            f"The shard {self.path} is damaged: {what}. Copy it again, or delete it and build the cache again with the "
-            "same arguments, which writes only what is missing."
+            f"The shard {self.path} is damaged: {what}. Copy it again, or delete it and build the cache again with "
+            "the same arguments, which writes only what is missing."
         )
 
 

@@ -1,0 +1,58 @@
+"""What tells one teacher, and one tokenizer, from another."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_distill.anatomy import shape_of, unwrap
+from hf_distill.cache.manifest import TeacherIdentity, TokenizerIdentity
+from hf_distill.cache.shard import digest_of
+
+
+# Elements of a tensor that are looked at, evenly spaced.
+SAMPLED_ELEMENTS = 4096
+
+
+def identity_of(teacher: Any) -> TeacherIdentity:
+    """Which model a `ModelTeacher` runs."""
+    model = unwrap(teacher.model)
+    facts, config = describe(model), model.config
+    return TeacherIdentity(
+        name=teacher.name,
+        revision=getattr(config, "_commit_hash", None),
+        quantization=_quantization_of(config),
+        architecture=type(model).__name__,
+        vocab_size=facts.vocab_size,
+        num_layers=facts.num_layers,
+        hidden_size=facts.hidden_size,
+        weights=weights_digest(teacher.model),
+    )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of the names, shapes and dtypes of all weights, and of evenly spaced elements of each.
+
+    It tells another checkpoint, which differs nearly everywhere; it is no proof that two models are equal.
+    """
+    pieces = []
+    for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+        flat = tensor.detach().reshape(-1)
+        step = max(flat.numel() // SAMPLED_ELEMENTS, 1)
+        values = flat[::step].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+        pieces.append(digest_of(f"{name} {list(tensor.shape)} {tensor.dtype}".encode() + values))
+    return digest_of("".join(pieces).encode())
+
+
+def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
+    """Digests of what decides which ids a text becomes; of no tokenizer, nothing."""
+    if tokenizer is None:
+        return TokenizerIdentity()
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False).encode()
+    template = tokenizer.chat_template
+    return TokenizerIdentity(
+        digest_of(vocabulary), None if template is None else digest_of(json.dumps(template, sort_keys=True).encode())
+    )
