@@ -41,7 +41,7 @@ def build_cache(
     `accelerate launch` every rank writes its own shards. A cache that is whole already is returned at once.
 
     Example:
-        >>> build_cache("HuggingFaceTB/SmolLM2-1.7B-Instruct", trainer.train_dataset, "soft-labels", temperatures=(1, 2))
+        >>> build_cache("HuggingFaceTB/SmolLM2-1.7B-Instruct", trainer.train_dataset, "labels", temperatures=(1, 2))
 
     Args:
         teacher: A name, a `PreTrainedModel` or a `ModelTeacher` of a causal language model.

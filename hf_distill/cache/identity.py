@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_distill.anatomy import shape_of, unwrap
+from hf_distill.anatomy import describe, unwrap
 from hf_distill.cache.manifest import TeacherIdentity, TokenizerIdentity
 from hf_distill.cache.shard import digest_of
 
@@ -20,11 +20,11 @@ SAMPLED_ELEMENTS = 4096
 def identity_of(teacher: Any) -> TeacherIdentity:
     """Which model a `ModelTeacher` runs."""
     model = unwrap(teacher.model)
-    facts, config = describe(model), model.config
+    facts = describe(model)
     return TeacherIdentity(
         name=teacher.name,
-        revision=getattr(config, "_commit_hash", None),
-        quantization=_quantization_of(config),
+        revision=getattr(model.config, "_commit_hash", None),
+        quantization=teacher.config_for_card().get("quantization"),
         architecture=type(model).__name__,
         vocab_size=facts.vocab_size,
         num_layers=facts.num_layers,

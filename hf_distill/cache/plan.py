@@ -93,7 +93,7 @@ def plan_rows(dataset: Sequence[Any], shard_tokens: int, batch_tokens: int) -> P
                 places.append((example, piece))
                 lengths.append(len(row.ids))
                 counts.append(int(row.kept.sum()))
-                kept.append(hashlib.blake2b(np.packbits(row.kept), digest_size=8).digest())
+                kept.append(hashlib.blake2b(np.packbits(row.kept).tobytes(), digest_size=8).digest())
     if not keys:
         raise ValueError("`dataset` has no row with a label after its first token, so there is nothing to keep.")
     first, again = _unique(keys, kept)
@@ -113,7 +113,7 @@ def plan_rows(dataset: Sequence[Any], shard_tokens: int, batch_tokens: int) -> P
     fingerprint = hashlib.blake2b(digest_size=KEY_BYTES)
     for number, old in enumerate(first):
         fingerprint.update(keys[old])
-        fingerprint.update(np.packbits(plan._row(number).kept) if number in plan.again else kept[old])
+        fingerprint.update(np.packbits(plan._row(number).kept).tobytes() if number in plan.again else kept[old])
     return replace(plan, fingerprint=fingerprint.hexdigest(), starts=_shards(plan.counts, shard_tokens))
 
 

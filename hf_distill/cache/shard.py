@@ -103,7 +103,7 @@ def write_shard(path: Path, arrays: Arrays, facts: Mapping[str, Any], compressio
     """
     offset, entries, blocks = 0, {}, []
     for name, array in sorted(arrays.items()):
-        block = _bytes_of(np.ascontiguousarray(array))
+        block = array.tobytes()
         packed = block if compression is None else _codec(compression).compress(block, asbytes=True)
         shrinks = len(packed) < len(block)
         blocks.append(packed if shrinks else block)
@@ -124,10 +124,6 @@ def write_shard(path: Path, arrays: Arrays, facts: Mapping[str, Any], compressio
             file.write(bytes(-file.tell() % ALIGNMENT))
             file.write(block)
     return ShardEntry(path.name, facts["rows"], facts["tokens"], path.stat().st_size, digest)
-
-
-def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
 
 
 def _codec(compression: str) -> Any:

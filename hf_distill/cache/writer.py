@@ -110,8 +110,10 @@ class Writer:
             progress.update(sum(int(rows[row].kept.sum()) for row in batch))
         columns = _in_order(rows, np.concatenate(order), pieces)
         facts = {"identity": self._identity.digest, "rows": len(rows), "tokens": sum(int(r.kept.sum()) for r in rows)}
-        arrays = {ENCODED + name: array for name, array in self._encoding.pack(columns).items()} | _row_arrays(rows)
-        return write_shard(shard_path(self._folder, number), arrays, facts, self._identity.compression)
+        arrays = {ENCODED + name: array for name, array in self._encoding.pack(columns).items()}
+        return write_shard(
+            shard_path(self._folder, number), {**arrays, **_row_arrays(rows)}, facts, self._identity.compression
+        )
 
     def _check_room(self, needed: float) -> None:
         """Stop early where the rest cannot fit on the disk."""
