@@ -54,19 +54,15 @@ class Writer:
         """
         plan, mine = self._plan, range(rank, len(self._plan), ranks)
         total = sum(int(plan.counts[plan.starts[shard] : plan.starts[shard + 1]].sum()) for shard in mine)
-        written = tokens = 0
-        with tqdm(total=total, unit=" tokens", unit_scale=True, disable=not show_progress or rank > 0) as progress:
-            for shard in mine:
-                entry, is_new = self._known(shard), False
-                if entry is None:
-                    entry, is_new = self._write(shard, progress), True
-                else:
-                    progress.initial += entry.tokens  # their speed is not the teacher's
-                    progress.update(entry.tokens)
+        known = {shard: entry for shard in mine if (entry := self._known(shard)) is not None}
+        written, tokens = (sum(getattr(entry, of) for entry in known.values()) for of in ("bytes", "tokens"))
+        is_hidden = not show_progress or rank > 0
+        with tqdm(total=total, initial=tokens, unit=" tokens", unit_scale=True, disable=is_hidden) as progress:
+            for shard in (shard for shard in mine if shard not in known):
+                entry = self._write(shard, progress)
                 written, tokens = written + entry.bytes, tokens + entry.tokens
                 progress.set_postfix_str(f"{written / tokens:.1f} bytes/token")
-                if is_new:
-                    self._check_room(written / tokens * (total - tokens) * ranks)
+                self._check_room(written / tokens * (total - tokens) * ranks)
 
     def share(self) -> None:
         """Write what the encoding stores once, where it is not there."""

@@ -65,9 +65,9 @@ def test_a_cache_holds_what_the_encoding_makes_of_the_teacher_row_by_row(tmp_pat
         again = kind.pack({name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
         expected = kind.open(again)(np.arange(entry.tokens))
         for name, column in expected.items():
-            assert (stored[name] == column).float().mean() > 0.97, (
-                name
-            )  # padding rounds otherwise, which may move a step
+            # Padding rounds otherwise, which may move a step of the quantisation.
+            close = torch.isclose(stored[name].double(), column.double(), rtol=1e-5, atol=1e-5)
+            assert close.float().mean() > 0.97, name
     assert manifest.rows == len(rows())
 
 
@@ -85,6 +85,7 @@ class _RankBuild:
 
     def __call__(self, rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # asked for, not used: the group is there
         build(self.folder, self.kind)
 
 
@@ -110,7 +111,7 @@ def test_a_build_that_is_killed_at_any_moment_ends_in_the_same_bytes(tmp_path, m
         if code == -signal.SIGKILL and not (folder / MANIFEST).exists():
             stopped += 1
             if folder.exists() and any(folder.iterdir()):
-                with pytest.raises(ValueError, match="is not whole|holds no cache"):
+                with pytest.raises(ValueError, match=r"is not whole|holds no cache"):
                     Manifest.load(folder)
         for path in folder.glob("*.tmp"):
             assert path.name.startswith(("shard-", "building", "manifest"))
@@ -132,9 +133,8 @@ def test_a_build_goes_on_without_asking_the_teacher_again(tmp_path, monkeypatch)
     (tmp_path / "cache" / "shard-00003.kd.tmp").write_bytes(b"half")
     asked = []
     write = writers.Writer._write
-    monkeypatch.setattr(
-        writers.Writer, "_write", lambda self, number, bar: asked.append(number) or write(self, number, bar)
-    )
+    counting = lambda self, number, bar: asked.append(number) or write(self, number, bar)  # noqa: E731
+    monkeypatch.setattr(writers.Writer, "_write", counting)
     build(tmp_path / "cache")
     assert asked == [1]
     assert count > 3
@@ -208,10 +208,9 @@ def test_a_full_disk_stops_a_build_that_then_goes_on(tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_built_is_refused_before_anything_is_written(tmp_path, changes, message):
+    arguments = {"teacher": tiny.model("llama"), "dataset": rows(), "out": tmp_path / "cache", **SETTINGS}
     with pytest.raises(ValueError, match=message):
-        build_cache(
-            **{"teacher": tiny.model("llama"), "dataset": rows(), "out": tmp_path / "cache", **SETTINGS, **changes}
-        )
+        build_cache(**arguments | changes)
     assert not (tmp_path / "cache").exists()
 
 
