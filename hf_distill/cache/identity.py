@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,12 +48,17 @@ def weights_digest(model: nn.Module) -> str:
     return digest_of("".join(pieces).encode())
 
 
+def vocabulary_digest(vocabulary: Mapping[str, int]) -> str:
+    """Digest of tokens and their ids."""
+    return digest_of(json.dumps(sorted(vocabulary.items()), ensure_ascii=False).encode())
+
+
 def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
     """Digests of what decides which ids a text becomes; of no tokenizer, nothing."""
     if tokenizer is None:
         return TokenizerIdentity()
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False).encode()
     template = tokenizer.chat_template
     return TokenizerIdentity(
-        digest_of(vocabulary), None if template is None else digest_of(json.dumps(template, sort_keys=True).encode())
+        vocabulary_digest(tokenizer.get_vocab()),
+        None if template is None else digest_of(json.dumps(template, sort_keys=True).encode()),
     )
