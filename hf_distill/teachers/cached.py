@@ -37,8 +37,8 @@ from hf_distill.teachers.model import public_name
 class CachedTeacher(Teacher):
     """A cache of soft labels, read from disk row by row: no weights of the teacher are in memory.
 
-    The sequences of a batch are found by their token ids, whatever their order, batches, padding and packing. Positions
-    without a label are not read, and hold anything.
+    The sequences of a batch are found by their token ids, whatever their order, batches, padding and packing.
+    Positions without a label are not read, and hold anything.
 
     Args:
         path: The folder that `build_cache` made.
@@ -184,6 +184,11 @@ def _rows_of(batch: Mapping[str, Any]) -> tuple[list[Row], Tensor]:
     index = Targets.from_labels(batch["labels"].cpu(), shift=True).index
     wanted = torch.zeros(ids.numel(), dtype=torch.bool)
     wanted[index] = True
+    if not real.flatten()[index].all():
+        raise ValueError(
+            "A label follows padding: the first token of a row that is padded on the left has one, and no teacher was "
+            'asked for it. Set `tokenizer.padding_side = "right"`, or that label to -100.'
+        )
     flat, rows = ids.flatten(), []
     for number in numbers[index].unique():
         own = (numbers == number) & real.flatten()
