@@ -133,6 +133,14 @@ def _block(part: slice, products: Tensor, head: LMHead | None, buffers: tuple[Te
     return Block(part, logits, spare)
 
 
+def log_masses(sums: list[Tensor]) -> Tensor:
+    """Logarithms of some masses `[n]`, side by side; those too small for single precision are its smallest number.
+
+    A mass of 0 would make any probability that a student gives there infinitely wrong.
+    """
+    return torch.stack(sums, 1).float().clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
 def log_probs_of(values: Tensor, log_total: Tensor) -> Tensor:
     """Log-probabilities of logits `[n, K]` in the precision of a cache; -inf where they are impossible."""
     log_probs = (values - log_total[:, None]).float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ from hf_distill.cache.base import LogitsEncoding, at_least
 from hf_distill.cache.draw import draw, pack_counts, unpack_counts
 from hf_distill.cache.encoding import Arrays, Columns
 from hf_distill.cache.ids import SetReader, pack_sets
-from hf_distill.cache.observe import Block, log_probs_of
+from hf_distill.cache.observe import Block, log_masses, log_probs_of
 from hf_distill.cache.sparse import check_head, known_ids, label_log_probs, read_log_probs
 from hf_distill.cache.values import normaliser, pack_scalars, quantise, read_scalars
 from hf_distill.functional.sparse import SparseLogits
@@ -106,6 +106,9 @@ class Sampled(LogitsEncoding):
 class TopKTail(LogitsEncoding):
     """The most likely ids exactly, and tokens drawn from all others: right on average, at any declared temperature.
 
+    The others are drawn in proportion to the mean of their probabilities at all declared temperatures. Drawn at T = 1
+    alone, the unlikely ones that make up much of the distribution at T = 2 would come rarely, with enormous weights.
+
     Args:
         k: How many ids are exact.
         draws: How many tokens are drawn from the others.
@@ -132,26 +135,27 @@ class TopKTail(LogitsEncoding):
         assert uniforms is not None
         values, ids = block.top(self.k)
         entropies, rests = [], []
-        columns: dict[str, Tensor] = {}
         for temperature in self.temperatures:
             spread = block.spread(temperature, entropy=True)
             entropies.append(spread.entropy)
             rests.append(spread.take_out_(ids))
             if temperature == 1.0:
-                tail_ids, tail_counts = draw(spread.probs, uniforms, self.draws)
-                tail = block.logits.gather(1, tail_ids.clamp(min=0))
-                log_probs = log_probs_of(values, spread.log_total)
-                columns = {
-                    "ids": known_ids(ids, log_probs),
-                    "log_probs": log_probs,
-                    "tail_ids": tail_ids.int(),
-                    "tail_log_probs": log_probs_of(tail, spread.log_total).masked_fill_(tail_ids < 0, -math.inf),
-                    "tail_counts": tail_counts.int(),
-                    "label_log_probs": label_log_probs(block, labels, spread),
-                }
-        return columns | {
+                at_one = spread
+                proposal = spread.probs if len(self.temperatures) == 1 else spread.probs.clone()
+            else:
+                proposal += spread.probs
+        tail_ids, tail_counts = draw(proposal, uniforms, self.draws)
+        tail = log_probs_of(block.logits.gather(1, tail_ids.clamp(min=0)), at_one.log_total)
+        log_probs = log_probs_of(values, at_one.log_total)
+        return {
+            "ids": known_ids(ids, log_probs),
+            "log_probs": log_probs,
+            "tail_ids": tail_ids.int(),
+            "tail_log_probs": tail.masked_fill_(tail_ids < 0, -math.inf),
+            "tail_counts": tail_counts.int(),
+            "label_log_probs": label_log_probs(block, labels, at_one),
             "entropies": torch.stack(entropies, 1).float(),
-            "log_rests": torch.stack(rests, 1).log().float(),
+            "log_rests": log_masses(rests),
         }
 
     def pack(self, columns: Columns) -> Arrays:
@@ -202,21 +206,28 @@ class TopKTail(LogitsEncoding):
         head, tail = columns["log_probs"], columns["tail_log_probs"]
         rests = dict(zip(self.temperatures, columns["log_rests"].unbind(1), strict=True))
         normalisers = {t: normaliser(head, rests[t], t) for t in self.temperatures}
-        tail_masses = columns["tail_counts"] * (rests[1.0].exp() / self.draws)[:, None]
+        tails = {t: tail / t - normalisers[t][:, None] for t in self.temperatures}
         return SparseLogits(
             ids=torch.cat([columns["ids"], columns["tail_ids"]], 1).long(),
             log_probs=torch.cat([head, tail], 1),
-            masses=torch.cat([head.exp(), tail_masses], 1),
-            log_normalisers={t: normaliser for t, normaliser in normalisers.items() if t != 1.0},
+            masses=torch.cat([head.exp(), self._tail_masses(columns["tail_counts"], tails, rests)], 1),
+            log_normalisers={t: values for t, values in normalisers.items() if t != 1.0},
             entropies=dict(zip(self.temperatures, columns["entropies"].unbind(1), strict=True)),
             labels=labels,
             label_log_probs=columns["label_log_probs"],
             vocab_size=self.vocab_size,
-            log_rests={t: _beyond(tail / t - normalisers[t][:, None], rests[t]) for t in self.temperatures},
+            log_rests={t: _beyond(tails[t], rests[t]) for t in self.temperatures},
         )
+
+    def _tail_masses(self, counts: Tensor, tails: Mapping[float, Tensor], rests: Mapping[float, Tensor]) -> Tensor:
+        """How much of p at T = 1 the draws stand for: counts over what they were drawn in proportion to."""
+        drawn_from = torch.stack(list(tails.values())).logsumexp(0)
+        of_all = torch.stack(list(rests.values())).logsumexp(0)
+        weights = (tails[1.0] - drawn_from + of_all[:, None]).exp() / self.draws
+        return torch.where(counts > 0, counts * weights, 0.0)
 
 
 def _beyond(tail: Tensor, log_rest: Tensor) -> Tensor:
     """The logarithm of the mass that is left of a rest, `[n]`, beside tokens that were drawn from it, `[n, M]`."""
-    share = (tail.logsumexp(1) - log_rest).exp().nan_to_num(0.0)
+    share = (tail.logsumexp(1) - log_rest).exp()
     return log_rest + (1 - share).clamp(min=_LEAST_SHARE).log()

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_distill.cache.base import LogitsEncoding, at_least
 from hf_distill.cache.encoding import Arrays, Columns
 from hf_distill.cache.ids import MAX_PAYLOAD_BITS, SetReader, pack_sets
-from hf_distill.cache.observe import Block, Spread, log_probs_of
+from hf_distill.cache.observe import Block, Spread, log_masses, log_probs_of
 from hf_distill.cache.values import normaliser, pack_scalars, quantise, read_scalars, restore
 from hf_distill.functional.sparse import SparseLogits
 
@@ -52,7 +52,7 @@ class TopK(LogitsEncoding):
             "log_probs": log_probs,
             "label_log_probs": label_log_probs(block, labels, spread),
             "entropies": spread.entropy.float()[:, None],
-            "log_rests": torch.stack(rests, 1).log().float(),
+            "log_rests": log_masses(rests),
         }
 
     def pack(self, columns: Columns) -> Arrays:

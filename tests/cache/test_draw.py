@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import torch
+
+from hf_distill.cache.draw import draw, pack_counts, unpack_counts
+
+
+def some_weights(count=30, width=192):
+    generator = torch.Generator().manual_seed(0)
+    weights = (torch.randn(count, width, generator=generator) * 3).exp()
+    weights[torch.rand(count, width, generator=generator) < 0.5] = 0.0
+    weights[:, 0] = weights[:, -1] = weights[:, 32:64] = 0.0
+    weights[0], weights[1, 5] = 0.0, 1e9
+    weights[0, 70] = 1e-30  # all there is
+    return weights
+
+
+def counts_of(weights, uniforms, draws):
+    """How often each token was drawn, `[n, V]`."""
+    ids, counts = draw(weights, uniforms, draws)
+    assert ((ids >= 0) == (counts > 0)).all()
+    out = torch.zeros(weights.shape, dtype=torch.int64)
+    return out.scatter_add_(1, ids.clamp(min=0), counts)
+
+
+@pytest.mark.parametrize("draws", [1, 8, 50])
+@pytest.mark.parametrize("uniform", [0.0, 0.37, 1 - 2**-53])
+def test_a_token_is_drawn_in_proportion_to_its_weight_but_for_less_than_one(draws, uniform):
+    weights = some_weights()
+    counts = counts_of(weights, torch.full((30,), uniform, dtype=torch.float64), draws)
+    assert (counts.sum(1) == draws).all()
+    expected = draws * weights.double() / weights.double().sum(1, keepdim=True)
+    assert ((counts - expected).abs() < 1 + 1e-5).all()
+    assert (counts[weights == 0] == 0).all()
+
+
+def test_the_mean_over_all_uniforms_is_the_distribution():
+    weights = some_weights(6)
+    steps = 4096
+    uniforms = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    for row in weights:
+        mean = counts_of(row.expand(steps, -1), uniforms, 5).double().mean(0) / 5
+        # Each edge of a token's share of the distribution function falls between two of the uniforms.
+        assert torch.allclose(mean, row.double() / row.double().sum(), rtol=0, atol=1.01 / steps)
+
+
+def test_each_token_fills_one_slot():
+    ids, counts = draw(some_weights(), torch.rand(30, dtype=torch.float64), 50)
+    for row, used in zip(ids, counts > 0, strict=True):
+        assert len(row[used].unique()) == used.sum()
+        assert used[: used.sum()].all()
+
+
+def test_nothing_is_drawn_where_there_is_no_weight():
+    ids, counts = draw(torch.zeros(2, 64), torch.rand(2, dtype=torch.float64), 5)
+    assert (ids == -1).all()
+    assert (counts == 0).all()
+
+
+@pytest.mark.parametrize("draws", [1, 7, 8, 50])
+def test_counts_come_back_from_as_many_bits_as_there_are_draws(draws):
+    _, counts = draw(some_weights(), torch.rand(30, dtype=torch.float64), draws)
+    counts = torch.cat([counts, torch.zeros(1, draws, dtype=torch.int64), counts]).numpy()
+    packed = pack_counts(counts)
+    assert packed.shape == (61, -(-draws // 8))
+    np.testing.assert_array_equal(unpack_counts(packed, draws), counts)
+    assert unpack_counts(packed[:0], draws).shape == (0, draws)
