@@ -33,6 +33,8 @@ COMMON = {
 
 # Hidden states are compared too, through projectors: the teacher of such a run is wider than the student.
 HIDDEN = {"hidden_weight": 0.3, "hidden_loss": "mse", "objective_lr_multiplier": 0.5}
+# Large enough that the loss of a few steps shows in t.
+TAID = {"divergence": "taid", "divergence_kwargs": {"alpha": 1.5, "momentum": 0.0}, "ce_weight": 0.0, "max_steps": 4}
 
 
 def make_models(tied: bool = False, wide_teacher: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -10,13 +10,12 @@ import sys
 import pytest
 import torch
 
-from tests.training.runs import HIDDEN, logged, make_trainer, taid_states, trained
+from tests.training.runs import HIDDEN, TAID, logged, make_trainer, taid_states, trained
 
 
 KINDS = {
     "KDTrainer": {"kind": "kd"},
-    # The loss of a step shows in t two steps later.
-    "KDTrainer-taid": {"kind": "kd", "divergence": "taid", "divergence_kwargs": {"alpha": 1.5}, "max_steps": 4},
+    "KDTrainer-taid": {"kind": "kd", **TAID, "ce_weight": 0.1},
     "KDTrainer-LoRA-projectors": {"kind": "kd", "lora": True, **HIDDEN},
     "KDSFTTrainer-attention": {"kind": "sft", "attention_weight": 2.0},
     "KDSFTTrainer-LoRA-projectors": {"kind": "sft", "lora": True, **HIDDEN},
@@ -51,8 +50,9 @@ def test_the_cut_of_the_batch_changes_neither_losses_nor_student(name, tmp_path)
         moved = {key for key in before if (before[key] - after[key]).abs().max() > 1e-4}
         assert moved
         assert all(key in moved for key in before if key.startswith("objective."))
-        runs.append(({key: logged(trainer, key) for key in [*keys_of(name), "taid_t"]}, after))
-    for losses, weights in runs[1:]:
+        runs.append(({key: logged(trainer, key) for key in keys_of(name)}, after, taid_states(trainer)))
+    for losses, weights, states in runs[1:]:
+        assert states == [pytest.approx(state, rel=1e-6, abs=1e-6) for state in runs[0][2]]
         for key, values in runs[0][0].items():
             assert losses[key] == pytest.approx(values, rel=1e-5, abs=1e-5), key
         assert_same_weights(weights, runs[0][1])
@@ -114,9 +114,9 @@ def assert_as_one_process(name, run, tmp_path) -> None:
     one.train()
     first, second = report["taid_states"]
     assert first == second  # every bit: the ranks train towards one target
-    assert first == [pytest.approx(state, rel=1e-5) for state in taid_states(one)]
+    assert first == [pytest.approx(state, rel=1e-6, abs=1e-6) for state in taid_states(one)]
     assert len(first) == ("taid" in name)
-    for key in keys_of(name):
+    for key in [*keys_of(name), "taid_t"]:
         values = [entry[key] for entry in report["history"] if key in entry]
         assert values == pytest.approx(logged(one, key), rel=1e-5, abs=1e-5), key
     assert_same_weights(run["weights"], trained(one))

@@ -3,12 +3,8 @@ from __future__ import annotations
 import pytest
 
 from hf_distill import DistillationCallback, LogitObjective
-from tests.training.runs import logged, make_models, make_trainer, trained
+from tests.training.runs import TAID, logged, make_models, make_trainer, trained
 from tests.training.test_callback import plain_trainer
-
-
-# Large enough that the loss of a few steps shows in t.
-TAID = {"divergence": "taid", "divergence_kwargs": {"alpha": 1.5, "momentum": 0.0}, "ce_weight": 0.0, "max_steps": 4}
 
 
 def ts(tmp_path, **config):
