@@ -17,7 +17,7 @@ TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 LONGEST_WAIT = 60.0
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """The server understood a request and will not answer it: asking again would not help.
 
     Args:
@@ -60,7 +60,7 @@ class Client:
             )
         if parts.password is not None:
             raise ValueError(
-                f"`url` holds a password, for {parts.hostname}; give it as `api_key`: urls are written down."
+                f"`url` holds a password, for {parts.hostname}; give it as `api_key`, which is never shown."
             )
 
     def get(self, path: str) -> Any:
@@ -71,7 +71,7 @@ class Client:
         """What the server answers to a JSON body.
 
         Raises:
-            Refused: The server will not answer this request.
+            RefusedError: The server will not answer this request.
             ConnectionError: It did not answer in any attempt.
         """
         headers = {"Content-Type": "application/json"}
@@ -91,7 +91,7 @@ class Client:
             except HTTPError as error:
                 message = _message(error)
                 if error.code not in TRY_AGAIN:
-                    raise Refused(error.code, message) from None
+                    raise RefusedError(error.code, message) from None
                 reason = f"HTTP {error.code}: {message}"
                 wait = max(wait, _asked_to_wait(error))
             except (OSError, http.client.HTTPException) as error:  # refused, reset, cut off, timed out

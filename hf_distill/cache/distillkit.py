@@ -194,8 +194,8 @@ def _check_widths(arrays: Mapping[str, np.ndarray], widths: Mapping[str, int]) -
     for name, width in widths.items():
         if arrays[name].shape[1] != width:
             raise ValueError(
-                f"`{name}` has {arrays[name].shape[1]} values a token, and by the compression config {width}; it is not "
-                "the config that these files were written with."
+                f"`{name}` has {arrays[name].shape[1]} values a token, and by the compression config {width}; it is "
+                "not the config that these files were written with."
             )
 
 
@@ -232,4 +232,5 @@ class _Bytes:
         width = count * kind.itemsize
         part = self.data[:, self.position : self.position + width]
         self.position += width
-        return part.clone(memory_format=torch.contiguous_format).view(kind)
+        # Flat, because a view in another dtype looks at the strides, and those of a single token are not its own.
+        return part.flatten().clone().view(kind).reshape(len(part), count)

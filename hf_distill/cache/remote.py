@@ -11,12 +11,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from hf_distill.cache.client import Client, Refused
+from hf_distill.cache.client import Client, RefusedError
 from hf_distill.cache.encoding import Columns, Encoding
 from hf_distill.cache.rows import Row
 
@@ -93,12 +93,24 @@ class TopTokens:
     Args:
         ids: `[N, k]` int64.
         log_probs: Of the ids, `[N, k]` float64; -inf for none.
-        label_log_probs: Of the tokens that followed, `[N]` float64.
+        labels: The tokens that followed, `[N]` int64.
+        label_log_probs: Of these, `[N]` float64.
     """
 
     ids: np.ndarray
     log_probs: np.ndarray
+    labels: np.ndarray
     label_log_probs: np.ndarray
+
+    @property
+    def mass(self) -> np.ndarray:
+        """The probability of the ids, `[N]`."""
+        return np.exp(self.log_probs).sum(1)
+
+    @property
+    def has_label(self) -> np.ndarray:
+        """Whether the token that followed is among the ids, `[N]` bool."""
+        return (self.ids == self.labels[:, None]).any(1)
 
 
 def parse_prompt_logprobs(entries: Sequence[Mapping[str, Any] | None], row: Row, k: int) -> TopTokens:
@@ -114,8 +126,8 @@ def parse_prompt_logprobs(entries: Sequence[Mapping[str, Any] | None], row: Row,
     """
     if len(entries) != len(row.ids):
         raise ValueError(
-            f"The server gave `prompt_logprobs` of {len(entries)} tokens for a prompt of {len(row.ids)}; it must score "
-            "the prompt as it is: leave out truncation, and options that add special tokens."
+            f"The server gave `prompt_logprobs` of {len(entries)} tokens for a prompt of {len(row.ids)}; it must "
+            "score the prompt as it is: leave out truncation, and options that add special tokens."
         )
     positions = np.flatnonzero(row.kept) + 1
     ids = np.empty((len(positions), k), dtype=np.int64)
@@ -141,7 +153,7 @@ def parse_prompt_logprobs(entries: Sequence[Mapping[str, Any] | None], row: Row,
         log_probs[n] = list(known.values())
     for values in (log_probs, label_log_probs):
         values[values <= CLAMPED] = -math.inf
-    return TopTokens(ids, log_probs, label_log_probs)
+    return TopTokens(ids, log_probs, row.labels.astype(np.int64), label_log_probs)
 
 
 def check_raw(top: TopTokens, vocab_size: int) -> None:
@@ -151,18 +163,22 @@ def check_raw(top: TopTokens, vocab_size: int) -> None:
         ValueError: They add up to more than 1, or to exactly 1 where they cannot.
     """
     fix = "start vLLM with `--logprobs-mode raw_logprobs`, its default."
-    mass = np.exp(top.log_probs).sum(1)
+    mass = top.mass + np.where(top.has_label, 0, np.exp(top.label_log_probs))
     if not (mass <= 1 + MASS_TOLERANCE).all():  # also for nan
         raise ValueError(
-            f"The server's `prompt_logprobs` are no log-probabilities: the {top.ids.shape[1]} most likely tokens add up "
-            f"to {mass.max():.4g}. They may be logits, or processed; {fix}"
+            f"The server's `prompt_logprobs` are no log-probabilities: those of a token add "
+            f"up to {mass.max():.4g}. They may be logits, or processed; {fix}"
         )
     telling = np.exp(top.log_probs.min(1)) > SEEN
-    if top.ids.shape[1] < vocab_size and telling.sum() >= SUSPICIOUS_TOKENS and (mass[telling] > 1 - NO_REST).all():
+    if (
+        top.ids.shape[1] < vocab_size
+        and telling.sum() >= SUSPICIOUS_TOKENS
+        and (top.mass[telling] > 1 - NO_REST).all()
+    ):
         raise ValueError(
-            f"The server's `prompt_logprobs` leave no probability to the {vocab_size - top.ids.shape[1]} tokens beyond "
-            f"the {top.ids.shape[1]} most likely ones, at any of {telling.sum()} tokens where the last of these has "
-            f"more than {SEEN:g}: they are processed (cut by top-k or top-p, or normalised again); {fix}"
+            f"The server's `prompt_logprobs` leave no probability to the {vocab_size - top.ids.shape[1]} tokens "
+            f"beyond the {top.ids.shape[1]} most likely ones, at any of {telling.sum()} tokens where the last of "
+            f"these has more than {SEEN:g}: they are processed (cut by top-k or top-p, or normalised again); {fix}"
         )
 
 
@@ -203,18 +219,15 @@ class RemoteSource:
             if len(row.ids) > self._longest:
                 raise ValueError(
                     f"Row {row.key.hex()} has {len(row.ids)} tokens, and the server reads {self._longest} and "
-                    f"generates {GENERATED}; start it with `--max-model-len {len(row.ids) + GENERATED}` or drop the row."
+                    f"generates {GENERATED}; start it with `--max-model-len {len(row.ids) + GENERATED}` or drop it."
                 )
         pool = ThreadPoolExecutor(self._teacher.requests)
         try:
             parts = list(pool.map(self._top_tokens, rows))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        top = TopTokens(
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.log_probs for part in parts]),
-            np.concatenate([part.label_log_probs for part in parts]),
-        )
+        names = [entry.name for entry in fields(TopTokens)]
+        top = TopTokens(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
         check_raw(top, self._vocab_size)
         raise NotImplementedError
 
@@ -232,7 +245,7 @@ class RemoteSource:
         }
         try:
             answer = self._client.post("completions", body)
-        except Refused as refusal:
+        except RefusedError as refusal:
             raise ValueError(f"The server refused {what}: {refusal.message}{_fix(refusal, self._k)}") from refusal
         entries = answer["choices"][0].get("prompt_logprobs")
         if entries is None:
@@ -246,7 +259,7 @@ class RemoteSource:
         """The tokens that the server reads and writes for a request, where it says so."""
         try:
             served = {card["id"]: card for card in self._client.get("models")["data"]}
-        except Refused as refusal:
+        except RefusedError as refusal:
             raise ValueError(
                 f"The server refused to list its models: {refusal.message}{_fix(refusal, 0)}"
             ) from refusal
@@ -269,7 +282,7 @@ def _check_encoding(encoding: Encoding) -> None:
         )
 
 
-def _fix(refusal: Refused, k: int) -> str:
+def _fix(refusal: RefusedError, k: int) -> str:
     """What can be done about a refusal, where that is known."""
     if refusal.status in {401, 403}:
         return f" Give the key as `api_key` or in the environment's {API_KEY}."
