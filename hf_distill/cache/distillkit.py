@@ -83,7 +83,7 @@ class PolynomialFormat:
         """Ids `[S, k]` int64 and log-probabilities `[S, k]` float64, from the columns of a row, `[S, bytes]` uint8."""
         _check_widths(arrays, self.widths)
         ids = unpack_bits(arrays["bytepacked_indices"], _bits(self.d), self.k)
-        data = _Bytes(torch.from_numpy(np.ascontiguousarray(arrays["compressed_logprobs"])))
+        data = _Bytes(torch.tensor(arrays["compressed_logprobs"]))
         exact = data.take(self.exact_k, self.exact_dtype).double()
         fitted = torch.zeros(len(exact), self.k - self.exact_k, dtype=torch.float64)
         if self.polynomial_terms:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from hf_distill.cache.client import Client, RefusedError
 from hf_distill.cache.encoding import Columns, Encoding
 from hf_distill.cache.rows import Row
+from hf_distill.cache.top_tokens import TopTokens, join
 
 
 API_KEY = "VLLM_API_KEY"
@@ -84,33 +85,6 @@ class RemoteTeacher:
         url = self.url.rstrip("/").removesuffix("/v1") + "/v1"
         key = self.api_key or os.environ.get(API_KEY)
         return Client(url, key, timeout=self.timeout, attempts=self.attempts, wait=self.wait)
-
-
-@dataclass(frozen=True)
-class TopTokens:
-    """The most likely tokens of N distributions.
-
-    Args:
-        ids: `[N, k]` int64.
-        log_probs: Of the ids, `[N, k]` float64; -inf for none.
-        labels: The tokens that followed, `[N]` int64.
-        label_log_probs: Of these, `[N]` float64.
-    """
-
-    ids: np.ndarray
-    log_probs: np.ndarray
-    labels: np.ndarray
-    label_log_probs: np.ndarray
-
-    @property
-    def mass(self) -> np.ndarray:
-        """The probability of the ids, `[N]`."""
-        return np.exp(self.log_probs).sum(1)
-
-    @property
-    def has_label(self) -> np.ndarray:
-        """Whether the token that followed is among the ids, `[N]` bool."""
-        return (self.ids == self.labels[:, None]).any(1)
 
 
 def parse_prompt_logprobs(entries: Sequence[Mapping[str, Any] | None], row: Row, k: int) -> TopTokens:
@@ -226,8 +200,7 @@ class RemoteSource:
             parts = list(pool.map(self._top_tokens, rows))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        names = [entry.name for entry in fields(TopTokens)]
-        top = TopTokens(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        top = join(parts)
         check_raw(top, self._vocab_size)
         raise NotImplementedError
 

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from hf_distill.cache.remote import TopTokens, check_raw, parse_prompt_logprobs
+from hf_distill.cache.remote import check_raw, parse_prompt_logprobs
 from hf_distill.cache.rows import Row
+from hf_distill.cache.top_tokens import TopTokens
 
 
 def row(*ids: int, kept: list[bool] | None = None) -> Row:
