@@ -144,13 +144,14 @@ class LegacyFormat:
         _check_widths(arrays, self.widths)
         bits = _bits(self.vocab_size)
         shifts = np.arange(64 // bits, dtype=np.uint64) * np.uint64(bits)  # an id never crosses into the next word
-        words = arrays["packed_indices"].astype(np.uint64)
+        words: np.ndarray = arrays["packed_indices"].astype(np.uint64)
         ids = (words[:, :, None] >> shifts) & np.uint64(2**bits - 1)
         ids = ids.reshape(len(words), -1)[:, : self.k].astype(np.int64)
-        rank = np.arange(1, self.k - self.exact_k + 1, dtype=np.float64)
-        powers = np.arange(self.polynomial_degree + 1) * (-1 if self.invert_polynomial else 1)
-        terms = [rank**power for power in powers] + ([np.sqrt(rank)] if self.with_sqrt_term else [])
-        exact = arrays["exact_values"].astype(np.float64)
+        rank: np.ndarray = np.arange(1, self.k - self.exact_k + 1, dtype=np.float64)
+        sign = -1 if self.invert_polynomial else 1
+        terms = [rank ** (sign * power) for power in range(self.polynomial_degree + 1)]
+        terms += [np.sqrt(rank)] if self.with_sqrt_term else []
+        exact: np.ndarray = arrays["exact_values"].astype(np.float64)
         if self.exact_k == self.k:
             return ids, exact
         return ids, np.concatenate([exact, arrays["coeffs"].astype(np.float64) @ np.stack(terms)], axis=1)

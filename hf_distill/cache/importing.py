@@ -61,7 +61,7 @@ class DistillKitFiles:
         part = slice(start, start + len(row.ids) - 1)
         arrays = {name: _matrix(table.column(name))[part] for name in self.format.widths}
         ids, log_probs = self.format.decode(arrays)
-        labels = row.ids[1:].astype(np.int64)
+        labels: np.ndarray = row.ids[1:].astype(np.int64)
         is_label = ids == labels[:, None]
         found = np.where(is_label, log_probs, 0).sum(1)
         return TopTokens(ids, log_probs, labels, np.where(is_label.any(1), found, np.nan))
@@ -103,7 +103,7 @@ def _read_config(folder: Path, config: str | Path | Mapping[str, Any] | None) ->
 
 def _documents(numbers: np.ndarray) -> Sequence[tuple[int, int]]:
     """Where each document of a packed row begins and ends; those numbered 0 are padding."""
-    bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1))
+    bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist()
     return [(start, stop) for start, stop in pairwise(bounds) if numbers[start]]
 
 

@@ -103,8 +103,8 @@ def parse_prompt_logprobs(entries: Sequence[Mapping[str, Any] | None], row: Row,
             f"The server gave `prompt_logprobs` of {len(entries)} tokens for a prompt of {len(row.ids)}; it must "
             "score the prompt as it is: leave out truncation, and options that add special tokens."
         )
-    positions = np.flatnonzero(row.kept) + 1
-    ids = np.empty((len(positions), k), dtype=np.int64)
+    positions: np.ndarray = np.flatnonzero(row.kept) + 1
+    ids: np.ndarray = np.empty((len(positions), k), dtype=np.int64)
     log_probs = np.empty((len(positions), k))
     label_log_probs = np.empty(len(positions))
     for n, position in enumerate(positions):
