@@ -149,7 +149,7 @@ class LegacyFormat:
         ids = ids.reshape(len(words), -1)[:, : self.k].astype(np.int64)
         rank: np.ndarray = np.arange(1, self.k - self.exact_k + 1, dtype=np.float64)
         sign = -1 if self.invert_polynomial else 1
-        terms = [rank ** (sign * power) for power in range(self.polynomial_degree + 1)]
+        terms: list[np.ndarray] = [rank ** (sign * power) for power in range(self.polynomial_degree + 1)]
         terms += [np.sqrt(rank)] if self.with_sqrt_term else []
         exact: np.ndarray = arrays["exact_values"].astype(np.float64)
         if self.exact_k == self.k:

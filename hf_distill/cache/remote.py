@@ -19,7 +19,7 @@ import numpy as np
 from hf_distill.cache.client import Client, RefusedError
 from hf_distill.cache.encoding import Columns, Encoding
 from hf_distill.cache.rows import Row
-from hf_distill.cache.top_tokens import TopTokens, join
+from hf_distill.cache.top_tokens import TopTokens, join, topk_columns, topk_of
 
 
 API_KEY = "VLLM_API_KEY"
@@ -42,7 +42,7 @@ CLAMPED = -9999.0
 MASS_TOLERANCE = 1e-3
 # So many tokens whose k-th probability can be seen, and that leave less than this to all others, are no coincidence.
 SUSPICIOUS_TOKENS = 32
-SEEN, NO_REST = 1e-3, 1e-5
+SEEN, NOTHING = 1e-3, 1e-5
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check_raw(top: TopTokens, vocab_size: int) -> None:
     if (
         top.ids.shape[1] < vocab_size
         and telling.sum() >= SUSPICIOUS_TOKENS
-        and (top.mass[telling] > 1 - NO_REST).all()
+        and (top.mass[telling] > 1 - NOTHING).all()
     ):
         raise ValueError(
             f"The server's `prompt_logprobs` leave no probability to the {vocab_size - top.ids.shape[1]} tokens "
@@ -164,7 +164,6 @@ class RemoteSource:
     Args:
         teacher: Where it is and what it is called.
         encoding: A `topk` at temperature 1.
-        vocab_size: Columns of the teacher's logits.
 
     Raises:
         ValueError: The encoding needs more than a server gives, or the server does not serve this model or so many
@@ -172,12 +171,9 @@ class RemoteSource:
         ConnectionError: The server does not answer.
     """
 
-    def __init__(self, teacher: RemoteTeacher, encoding: Encoding, vocab_size: int) -> None:
-        _check_encoding(encoding)
+    def __init__(self, teacher: RemoteTeacher, encoding: Encoding) -> None:
+        self._encoding = topk_of(encoding, "a server")
         self._teacher = teacher
-        self._encoding = encoding
-        self._vocab_size = vocab_size
-        self._k: int = encoding.config()["k"]
         self._client = teacher.client()
         self._longest = self._length_served() - GENERATED
         self._score(np.zeros(2, dtype=np.int32), "a prompt of two tokens")
@@ -201,11 +197,11 @@ class RemoteSource:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         top = join(parts)
-        check_raw(top, self._vocab_size)
-        raise NotImplementedError
+        check_raw(top, self._encoding.vocab_size)
+        return topk_columns(top, self._encoding.vocab_size)
 
     def _top_tokens(self, row: Row) -> TopTokens:
-        return parse_prompt_logprobs(self._score(row.ids, f"row {row.key.hex()}"), row, self._k)
+        return parse_prompt_logprobs(self._score(row.ids, f"row {row.key.hex()}"), row, self._encoding.k)
 
     def _score(self, ids: np.ndarray, what: str) -> Sequence[Mapping[str, Any] | None]:
         """The server's `prompt_logprobs` of some tokens."""
@@ -213,13 +209,13 @@ class RemoteSource:
             "model": self._teacher.model,
             "prompt": ids.tolist(),
             "max_tokens": GENERATED,
-            "prompt_logprobs": self._k,
+            "prompt_logprobs": self._encoding.k,
             **UNPROCESSED,
         }
         try:
             answer = self._client.post("completions", body)
         except RefusedError as refusal:
-            raise ValueError(f"The server refused {what}: {refusal.message}{_fix(refusal, self._k)}") from refusal
+            raise ValueError(f"The server refused {what}: {refusal.message}{_fix(refusal, self._encoding.k)}") from refusal
         entries = answer["choices"][0].get("prompt_logprobs")
         if entries is None:
             raise ValueError(
@@ -241,18 +237,6 @@ class RemoteSource:
                 f"`model` is {self._teacher.model!r}, and the server at {self._client.url} serves {sorted(served)}."
             )
         return served[self._teacher.model].get("max_model_len") or math.inf
-
-
-def _check_encoding(encoding: Encoding) -> None:
-    if encoding.name != "topk":
-        raise ValueError(
-            f"`encoding` is {encoding.name!r}, and a server gives the most likely tokens only; use encoding='topk'."
-        )
-    if others := [temperature for temperature in encoding.temperatures if temperature != 1.0]:
-        raise ValueError(
-            f"`temperatures` holds {others}, and a server gives log-probabilities at 1: bringing them to another "
-            "temperature takes the sum over the whole vocabulary. Use temperatures=(1.0,), or load the teacher here."
-        )
 
 
 def _fix(refusal: RefusedError, k: int) -> str:
