@@ -215,7 +215,9 @@ class RemoteSource:
         try:
             answer = self._client.post("completions", body)
         except RefusedError as refusal:
-            raise ValueError(f"The server refused {what}: {refusal.message}{_fix(refusal, self._encoding.k)}") from refusal
+            raise ValueError(
+                f"The server refused {what}: {refusal.message}{_fix(refusal, self._encoding.k)}"
+            ) from refusal
         entries = answer["choices"][0].get("prompt_logprobs")
         if entries is None:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,9 +25,10 @@ class ModelServer:
         max_model_len: Tokens read and written for a request.
         max_logprobs: Most tokens at a position.
         mode: "raw_logprobs" as vLLM's default; "raw_logits"; "processed_logprobs", which applies the temperature of
-            the request; "top_k", which normalises over the tokens that it gives.
+            the request; "top_k", which normalises over the tokens that it gives; "none" knows no `prompt_logprobs`.
         default_temperature: Where a request has none, as from the model's generation config.
         api_key: Asked for, if there is one.
+        delay: Seconds that each answer takes at least.
         failures: HTTP statuses to answer the next completions with; 0 closes the connection.
     """
 
@@ -37,6 +39,7 @@ class ModelServer:
     mode: str = "raw_logprobs"
     default_temperature: float = 0.5
     api_key: str | None = None
+    delay: float = 0.0
     failures: list[int] = field(default_factory=list)
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -74,7 +77,9 @@ class ModelServer:
             )
         if len(prompt) + body["max_tokens"] > self.max_model_len:
             return 400, _error(f"This model's maximum context length is {self.max_model_len} tokens.")
-        choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": self._entries(body)}
+        choice = {"index": 0, "text": "x", "finish_reason": "length"}
+        if self.mode != "none":
+            choice["prompt_logprobs"] = self._entries(body)
         return 200, {"object": "text_completion", "model": self.name, "choices": [choice]}
 
     def _entries(self, body: dict[str, Any]) -> list[dict[str, Any] | None]:
@@ -115,16 +120,14 @@ class _Handler(BaseHTTPRequestHandler):
             state._at_once += 1
             state.most_at_once = max(state.most_at_once, state._at_once)
             failure = state.failures.pop(0) if state.failures else None
-        try:
-            if failure == 0:
-                self.close_connection = True
-            elif failure is not None:
-                self._answer(failure, _error("not now"))
-            else:
-                self._answer(*state.complete(body))
-        finally:
-            with state._lock:
-                state._at_once -= 1
+        time.sleep(state.delay)
+        status, answer = (failure, _error("not now")) if failure is not None else state.complete(body)
+        with state._lock:
+            state._at_once -= 1
+        if status:
+            self._answer(status, answer)
+        else:
+            self.close_connection = True
 
     def _is_allowed(self) -> bool:
         key = self.server_state.api_key
