@@ -37,10 +37,10 @@ def kl_from_cache(logits: Tensor, targets: SparseLogits | Projection, temperatur
     log_rest = targets.log_rest_at(temperature)
     if log_rest is None:
         log_rest = torch.log1p(-log_c.exp().sum(1)).nan_to_num(nan=_NOTHING, neginf=_NOTHING)
-    # Unused slots hold any id: their mass belongs to the bucket.
     reduced = log_p.gather(1, ids).where(targets.known, _NOTHING)
-    unknown = torch.ones_like(log_p, dtype=torch.bool).scatter_(1, ids, ~targets.known)
-    bucket = log_p.where(unknown, -torch.inf).logsumexp(1, keepdim=True)
+    # An unused slot holds any id, also one that another slot uses.
+    known = torch.zeros_like(log_p).scatter_add_(1, ids, targets.known.double()) > 0
+    bucket = log_p.where(~known, -torch.inf).logsumexp(1, keepdim=True)
     return _divergence(torch.cat([reduced, bucket], 1), torch.cat([log_c, log_rest.double()[:, None]], 1))
 
 

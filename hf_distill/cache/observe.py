@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_distill.functional.dense_tile import statistics_dtype
 from hf_distill.functional.fused import chunk_rows, vocabulary_of
 from hf_distill.functional.head import LMHead
+from hf_distill.functional.softmax import statistics_dtype
 from hf_distill.signals import Projection
 
 
