@@ -29,7 +29,7 @@ def kl_from_cache(logits: Tensor, targets: SparseLogits | Projection, temperatur
     if isinstance(targets, Projection):
         log_c = (targets.head(targets.hidden).double() / temperature).log_softmax(-1)
         return _divergence(log_p, log_c)
-    ids = targets.ids
+    ids = targets.ids.clamp(min=0)
     if targets.masses is not None:
         masses = targets.masses_at(temperature).double().where(targets.known, 0.0)
         return -torch.linalg.vecdot(masses, log_p.gather(1, ids)) - targets.entropy_at(temperature).double()

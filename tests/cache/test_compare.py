@@ -74,7 +74,7 @@ def test_a_rest_that_was_not_kept_is_what_the_ids_leave() -> None:
 def test_unused_slots_belong_to_the_bucket_whatever_id_they_hold() -> None:
     targets = exact(logits(), 6)
     log_probs = torch.cat([targets.log_probs, torch.full((50, 1), -math.inf)], 1)
-    for spare in (torch.full((50, 1), 3), targets.ids[:, :1]):
+    for spare in (torch.full((50, 1), 3), torch.full((50, 1), -1), targets.ids[:, :1]):
         padded = replace(targets, ids=torch.cat([targets.ids, spare], 1), log_probs=log_probs)
         assert kl_from_cache(logits(), padded, 1.0).abs().max() < 1e-5
 
