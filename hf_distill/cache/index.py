@@ -43,4 +43,4 @@ class RowIndex:
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard of each row, and its number there."""
         shards = np.searchsorted(self.starts, numbers, side="right") - 1
-        return shards, numbers - self.starts[shards]
+        return np.asarray(shards), numbers - self.starts[shards]

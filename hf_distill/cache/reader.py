@@ -8,14 +8,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from hf_distill.cache.encoding import Columns, Decoder
 from hf_distill.cache.index import RowIndex
-from hf_distill.cache.manifest import Manifest
+from hf_distill.cache.manifest import SHARED, Manifest
 from hf_distill.cache.registry import encoding_from_config
 from hf_distill.cache.rows import Row
-from hf_distill.cache.shard import map_shard
+from hf_distill.cache.shard import digest_of, map_shard
+from hf_distill.cache.writer import ENCODED
 from hf_distill.functional.sparse import SparseLogits
 from hf_distill.signals import Projection
 
@@ -69,6 +72,8 @@ class CacheReader:
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
         self.encoding = encoding_from_config(self.manifest.encoding)
+        if self.manifest.shared is not None:
+            self.encoding.attach(self._shared())
         self._index = RowIndex([map_shard(self.path, shard)["keys"] for shard in self.manifest.shards])
         self._opened = lru_cache(OPEN_SHARDS)(self._open)
 
@@ -139,12 +144,19 @@ class CacheReader:
             tokens.append(opened.tokens[numbers[i]] + np.flatnonzero(wanted[kept]))
         return opened.decode(np.concatenate(tokens))
 
+    def _shared(self) -> dict[str, Tensor]:
+        """What is stored once."""
+        path = self.path / SHARED
+        if not path.exists() or digest_of(content := path.read_bytes()) != self.manifest.shared:
+            raise ValueError(f"{path} is missing or damaged; copy the cache again, or build it again.")
+        return safetensors.torch.load(content)
+
     def _open(self, number: int) -> OpenShard:
         arrays = map_shard(self.path, self.manifest.shards[number])
-        lengths = arrays["lengths"].astype(np.int64)
+        lengths: np.ndarray = arrays["lengths"].astype(np.int64)
         starts = np.cumsum([0, *lengths])
         positions = starts - np.arange(len(starts))
-        kept = None
+        kept: np.ndarray | None = None
         if "kept" in arrays:
             kept = np.unpackbits(arrays["kept"], count=positions[-1]).astype(bool)
         before = positions if kept is None else np.concatenate([[0], np.cumsum(kept)])[positions]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_distill.cache.identity import tokenizer_identity, vocabulary_digest
 from hf_distill.cache.reader import CacheReader
 from hf_distill.cache.rows import Row
+from hf_distill.functional import LMHead
 from hf_distill.functional.recipe import resolve_recipe
 from hf_distill.functional.sparse import SparseLogits, check_targets
 from hf_distill.objectives import FeatureObjective, LogitObjective, Objective
 from hf_distill.signals import (
     Layers,
     ModelShape,
+    Projection,
     Signal,
     Targets,
     TeacherSignals,
@@ -30,6 +34,7 @@ from hf_distill.signals import (
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.inputs import READ
 from hf_distill.teachers.model import public_name
+from hf_distill.teachers.vocabulary import check_vocabularies
 
 
 # What of a batch says which tokens belong to which sequence, and which are trained.
@@ -61,6 +66,7 @@ class CachedTeacher(Teacher):
         self._reader = CacheReader(path)
         self._manifest = self._reader.manifest
         self._teacher = self._manifest.teacher
+        self._heads: dict[torch.device, LMHead] = {}
         self.provides = self._reader.encoding.provides
         self.name = self._teacher.name
         self.vocab_size = self._teacher.vocab_size
@@ -144,17 +150,52 @@ class CachedTeacher(Teacher):
                 "one, e.g. `layer_mapping='last_k'` with `num_pairs=1`, or use a ModelTeacher."
             )
 
+    def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> None:
+        """See `Teacher.check_vocabulary`; digests are compared, since the teacher's tokenizer is not in the cache.
+
+        A pad token that was added to the student's is accepted. Another chat template gives a warning: the rows that it
+        makes may not be in the cache.
+        """
+        theirs, where = self._manifest.tokenizer, f"the cache {self._reader.path} of {self.name}"
+        if tokenizer is None or theirs.vocabulary is None:
+            check_vocabularies(tokenizer, None, vocab_size, self._teacher.vocab_size)
+            return
+        vocabulary = tokenizer.get_vocab()
+        unpadded = {token: number for token, number in vocabulary.items() if token != tokenizer.pad_token}
+        if theirs.vocabulary not in (vocabulary_digest(vocabulary), vocabulary_digest(unpadded)):
+            raise ValueError(
+                f"The student's tokenizer ({tokenizer.name_or_path}) has another vocabulary than the one of {where}, so "
+                "its ids are other tokens: use a student of the teacher's family, or build the cache again if tokens "
+                "were added since."
+            )
+        if theirs.chat_template != tokenizer_identity(tokenizer).chat_template:
+            warnings.warn(
+                f"The student's tokenizer ({tokenizer.name_or_path}) has another chat template than the one of {where}; "
+                "rows that it makes differently are not found.",
+                stacklevel=2,
+            )
+
     def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: Layers) -> TeacherSignals:
         if not needs:
             return TeacherSignals()
         self.check_layers(layers)
         ids = batch["input_ids"]
         rows, positions = labelled_rows(batch)
-        kept = self._reader.targets(rows)
-        kept = kept.to(torch.empty(0, device=ids.device)) if isinstance(kept, SparseLogits) else self._at(ids.device, kept)
-        spread = kept.spread(positions.to(ids.device), ids.numel())
-        hidden = {layer: spread.hidden.view(*ids.shape, -1) for layer in layers.hidden}
-        return TeacherSignals(logits=spread if Signal.LOGITS in needs else None, hidden=hidden)
+        stored = self._reader.targets(rows).spread(positions, ids.numel())
+        if isinstance(stored, SparseLogits):
+            return TeacherSignals(stored.to(torch.empty(0, device=ids.device)))
+        states = stored.hidden.to(ids.device).view(*ids.shape, -1)
+        logits = Projection(states, self._head_on(ids.device, stored.head)) if Signal.LOGITS in needs else None
+        return TeacherSignals(logits, dict.fromkeys(layers.hidden, states))
+
+    def _head_on(self, device: torch.device, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The teacher's head, brought to a device once."""
+        if not isinstance(head, LMHead):
+            return head
+        if device not in self._heads:
+            bias = None if head.bias is None else head.bias.to(device)
+            self._heads[device] = replace(head, weight=head.weight.to(device), bias=bias)
+        return self._heads[device]
 
 
 def labelled_rows(batch: Mapping[str, Any]) -> tuple[list[Row], Tensor]:

@@ -1,0 +1,119 @@
+"""Encodings that keep a few ids of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_distill.cache.base import LogitsEncoding, at_least
+from hf_distill.cache.encoding import Arrays, Columns
+from hf_distill.cache.ids import MAX_PAYLOAD_BITS, SetReader, pack_sets
+from hf_distill.cache.observe import Block, Spread, log_probs_of
+from hf_distill.cache.values import normaliser, pack_scalars, quantise, read_scalars, restore
+from hf_distill.functional.sparse import SparseLogits
+
+
+@dataclass(kw_only=True)
+class TopK(LogitsEncoding):
+    """The most likely ids, and the mass of all others as one bucket.
+
+    Args:
+        k: How many ids.
+        bits: Of a log-probability.
+
+    Raises:
+        ValueError: `k` is not in [1, vocab_size], or `bits` not in [2, 10].
+    """
+
+    name: ClassVar[str] = "topk"
+
+    k: int = 50
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_head(self.k, self.bits, self.vocab_size)
+
+    def look(self, block: Block, labels: Tensor, uniforms: Tensor | None) -> dict[str, Tensor]:
+        """See `LogitsEncoding`."""
+        values, ids = block.top(self.k)
+        spread = block.spread(1.0, entropy=True)
+        assert spread.entropy is not None
+        log_probs = log_probs_of(values, spread.log_total)
+        rests = [spread.take_out_(ids)]
+        rests += [block.spread(t, entropy=False).take_out_(ids) for t in self.temperatures[1:]]
+        return {
+            "ids": known_ids(ids, log_probs),
+            "log_probs": log_probs,
+            "label_log_probs": label_log_probs(block, labels, spread),
+            "entropies": spread.entropy.float()[:, None],
+            "log_rests": torch.stack(rests, 1).log().float(),
+        }
+
+    def pack(self, columns: Columns) -> Arrays:
+        """See `Encoding`."""
+        codes, steps = quantise(columns["log_probs"], self.bits)
+        arrays, _ = pack_sets(columns["ids"].numpy(), self.vocab_size, codes, self.bits)
+        return {**arrays, "steps": steps, **pack_scalars(columns)}
+
+    def open(self, arrays: Arrays) -> Callable[[np.ndarray], Columns]:
+        """See `Encoding`."""
+        reader = SetReader(arrays, self.vocab_size, self.k, self.bits)
+
+        def read(numbers: np.ndarray) -> Columns:
+            ids, codes = reader(numbers)
+            log_probs = read_log_probs(codes, arrays["steps"][numbers], ids)
+            scalars = read_scalars(arrays, numbers)
+            log_probs -= normaliser(log_probs, scalars["log_rests"][:, 0])[:, None]
+            return {"ids": torch.from_numpy(ids), "log_probs": log_probs, **scalars}
+
+        return read
+
+    def targets(self, columns: Columns, labels: Tensor) -> SparseLogits:
+        """See `Encoding`."""
+        log_probs = columns["log_probs"]
+        rests = dict(zip(self.temperatures, columns["log_rests"].unbind(1), strict=True))
+        return SparseLogits(
+            ids=columns["ids"].long(),
+            log_probs=log_probs,
+            masses=None,
+            log_normalisers={t: normaliser(log_probs, rests[t], t) for t in self.temperatures if t != 1.0},
+            entropies={1.0: columns["entropies"][:, 0]},
+            labels=labels,
+            label_log_probs=columns["label_log_probs"],
+            vocab_size=self.vocab_size,
+            log_rests=rests,
+        )
+
+
+def check_head(k: int, bits: int, vocab_size: int) -> None:
+    """Check the options of an exact head.
+
+    Raises:
+        ValueError: `k` is not in [1, vocab_size], or `bits` not in [2, 10].
+    """
+    at_least("k", k, 1, vocab_size, f", the size of the vocabulary being {vocab_size}")
+    at_least("bits", bits, 2, MAX_PAYLOAD_BITS)
+
+
+def known_ids(ids: Tensor, log_probs: Tensor) -> Tensor:
+    """Ids as they are kept: -1 where a token is impossible or a slot unused."""
+    return ids.masked_fill(log_probs == -torch.inf, -1).int()
+
+
+def label_log_probs(block: Block, labels: Tensor, spread: Spread) -> Tensor:
+    """The log-probability of the label of each row."""
+    return log_probs_of(block.logits.gather(1, labels[:, None]), spread.log_total)[:, 0]
+
+
+def read_log_probs(codes: np.ndarray, steps: np.ndarray, ids: np.ndarray) -> Tensor:
+    """Log-probabilities but for a constant of each token, -inf where there is no id."""
+    log_probs = restore(codes, steps)
+    if (ids[:, -1] < 0).any():  # unused slots are the last
+        log_probs.masked_fill_(torch.from_numpy(ids < 0), -torch.inf)
+    return log_probs

@@ -1,0 +1,87 @@
+"""Numbers of a cache in few bits: log-probabilities as codes of a step, scalars in half precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_distill.cache.encoding import Arrays, Columns
+
+
+# Half precision is off by this share of a number at most.
+HALF_ERROR = 2**-11
+# The logarithm of a mass that is told from 1: the smallest number of half precision.
+_LEAST = -(2**-24)
+_AT_ONCE = 2**15
+
+
+def quantise(log_probs: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of log-probabilities: how many steps they are below the greatest of their token.
+
+    The greatest is not kept: it follows from the mass of all other tokens; see `normaliser`.
+
+    Args:
+        log_probs: `[N, K]`, -inf in unused slots.
+        bits: Of a code.
+
+    Returns:
+        Codes `[N, K]` uint16, 0 in unused slots, and steps `[N]` in half precision. Relative to the greatest, a
+        log-probability is off by half a step, and the step is `(greatest - least) / (2^bits - 1)`.
+    """
+    codes = torch.empty(log_probs.shape, dtype=torch.int16)
+    steps = torch.empty(len(log_probs), dtype=torch.float16)
+    most = 2**bits - 1
+    for start in range(0, len(log_probs), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        depths = (log_probs[part].amax(1, keepdim=True) - log_probs[part]).where(log_probs[part] > -torch.inf, 0.0)
+        # Rounded up, so that the last code reaches the least.
+        steps[part] = depths.amax(1) / most * (1 + 2 * HALF_ERROR)
+        divisors = steps[part].float().where(steps[part] > 0, torch.inf)
+        codes[part] = (depths / divisors[:, None]).round()
+    return codes.numpy().astype(np.uint16), steps.numpy()
+
+
+def restore(codes: np.ndarray, steps: np.ndarray) -> Tensor:
+    """Log-probabilities `[M, K]`, but for a constant of each token."""
+    return torch.from_numpy(codes).float().mul_(torch.from_numpy(-steps.astype(np.float32))[:, None])
+
+
+def normaliser(log_probs: Tensor, log_rest: Tensor, temperature: float = 1.0) -> Tensor:
+    """The c with which ids and the rest have a mass of 1: `sum(exp(log_probs / T - c)) + exp(log_rest) = 1`.
+
+    Args:
+        log_probs: `[N, K]`, known but for a constant of their token; -inf in unused slots.
+        log_rest: `[N]`, the logarithm of the mass of all other tokens at the temperature.
+        temperature: T.
+
+    Returns:
+        c, `[N]`.
+    """
+    scaled = log_probs if temperature == 1.0 else log_probs / temperature
+    top = scaled.amax(1)
+    return (scaled - top[:, None]).exp_().sum(1).log_().add_(top) - log_one_less(log_rest)
+
+
+def log_one_less(log_mass: Tensor) -> Tensor:
+    """log(1 - exp(x)) of x < 0, precise at both ends (Maechler, 2012)."""
+    large = log_mass > -0.6931
+    return torch.where(large, (-torch.expm1(log_mass)).log(), torch.log1p(-log_mass.where(~large, -1.0).exp()))
+
+
+# What is kept of a token besides its ids, in half precision.
+_SCALARS = ("label_log_probs", "entropies", "log_rests")
+
+
+def pack_scalars(columns: Columns) -> dict[str, np.ndarray]:
+    """Those of the columns that are numbers of a token, each off by `HALF_ERROR` of its value above 6e-5."""
+    scalars = {name: columns[name] for name in _SCALARS if name in columns}
+    if "log_rests" in scalars:  # rounding must leave the ids a mass
+        scalars["log_rests"] = scalars["log_rests"].clamp(max=_LEAST)
+    return {name: values.to(torch.float16).numpy() for name, values in scalars.items()}
+
+
+def read_scalars(arrays: Arrays, numbers: np.ndarray) -> dict[str, Tensor]:
+    """What `pack_scalars` packed, of some tokens."""
+    known = [name for name in _SCALARS if name in arrays]
+    return {name: torch.from_numpy(arrays[name][numbers].astype(np.float32)) for name in known}
