@@ -119,7 +119,7 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         monitors = [*STUDENT_MONITORS, *TEACHER_MONITORS]
         self._train_window = MetricWindow([*terms, *monitors])
         self._eval_window = MetricWindow(["loss", *terms, *monitors])
-        self._schedules = ScheduleCallback(self.objectives, self.accelerator)
+        self._schedules = ScheduleCallback(self.objectives, self.accelerator, self._train_window)
         self.add_callback(self._schedules)
         self._warned_unlabelled = False
         self.retention_report: RetentionReport | None = None
