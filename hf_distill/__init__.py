@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_distill.evaluation import RetentionReport, evaluate_retention
     from hf_distill.objectives import AttentionObjective, HiddenStateObjective, LogitObjective, RelationObjective
-    from hf_distill.teachers import ModelTeacher, load_teacher
+    from hf_distill.teachers import CachedTeacher, ModelTeacher, load_teacher
     from hf_distill.training.arguments import KDConfig
     from hf_distill.training.callback import DistillationCallback
     from hf_distill.training.gradient_shares import GradientShareCallback
@@ -21,6 +21,7 @@ __version__ = version("hf-distill")
 
 __all__ = [
     "AttentionObjective",
+    "CachedTeacher",
     "DistillationCallback",
     "GradientShareCallback",
     "HiddenStateObjective",
@@ -39,6 +40,7 @@ __all__ = [
 # Public name -> the module that defines it, imported when the name is first used.
 _MODULES = {
     "AttentionObjective": "hf_distill.objectives",
+    "CachedTeacher": "hf_distill.teachers",
     "DistillationCallback": "hf_distill.training.callback",
     "GradientShareCallback": "hf_distill.training.gradient_shares",
     "HiddenStateObjective": "hf_distill.objectives",

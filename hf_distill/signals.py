@@ -90,6 +90,10 @@ class Projection:
         """Keep the rows `index` ([N], int64) of the flattened `hidden`."""
         return replace(self, hidden=rows_of(self.hidden, index))
 
+    def spread(self, index: Tensor, size: int) -> Projection:
+        """Put the rows of `hidden` `[M, H]` at the positions `index` ([M], int64) of `size`; the others are zeros."""
+        return replace(self, hidden=self.hidden.new_zeros(size, self.hidden.shape[1]).index_copy_(0, index, self.hidden))
+
 
 def identity(logits: Tensor) -> Tensor:
     """The head of a model whose output is logits already."""
@@ -159,12 +163,12 @@ class Tokens:
         first = _first_tokens(batch)
         if not per_row and positions == "labelled":
             return cls(targets.index, first.flatten()[targets.index])
-        real = _real_tokens(batch).to(torch.bool)
-        sequences = _rows(real) if per_row else _sequences(batch, real)
-        count = int(sequences.max()) + 1 if sequences.numel() else 0
-        labels = torch.bincount(targets.index if per_row else sequences.flatten()[targets.index], minlength=count)
-        index = (real & (labels > 0)[sequences]).flatten().nonzero().squeeze(1)
-        own, lengths = sequences.flatten()[index], torch.bincount(sequences[real], minlength=count)
+        real = real_tokens(batch).to(torch.bool)
+        numbers = _rows(real) if per_row else sequences(batch, real)
+        count = int(numbers.max()) + 1 if numbers.numel() else 0
+        labels = torch.bincount(targets.index if per_row else numbers.flatten()[targets.index], minlength=count)
+        index = (real & (labels > 0)[numbers]).flatten().nonzero().squeeze(1)
+        own, lengths = numbers.flatten()[index], torch.bincount(numbers[real], minlength=count)
         return cls(index, first.flatten()[index], labels[own] / lengths[own])
 
     def sum(self, values: Tensor) -> Tensor:
@@ -172,7 +176,8 @@ class Tokens:
         return values.sum() if self.weights is None else (values * self.weights).sum()
 
 
-def _real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """Which tokens of a batch are no padding, `[B, S]`, 0 where they are."""
     mask = batch.get("attention_mask")
     return mask if mask is not None and mask.dim() == 2 else torch.ones_like(batch["input_ids"])
 
@@ -186,7 +191,7 @@ def _first_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     """Where sequences begin, `[B, S]` bool."""
     if _is_packed(batch):
         return batch["position_ids"] == 0
-    real = _real_tokens(batch)
+    real = real_tokens(batch)
     return (real != 0) & (real.cumsum(-1) == 1)
 
 
@@ -195,7 +200,7 @@ def _rows(tokens: Tensor) -> Tensor:
     return torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
 
 
-def _sequences(batch: Mapping[str, Tensor], real: Tensor) -> Tensor:
+def sequences(batch: Mapping[str, Tensor], real: Tensor) -> Tensor:
     """The number of each token's sequence, `[B, S]` int64; no sequence goes on in the next row."""
     if not _is_packed(batch):
         return _rows(real)

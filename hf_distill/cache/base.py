@@ -61,8 +61,16 @@ class LogitsEncoding(BaseEncoding):
     """An encoding that looks at blocks of logits."""
 
     def observe(self, output: Projection, labels: Tensor, uniforms: Tensor | None) -> Columns:
-        """See `Encoding`."""
+        """See `Encoding`.
+
+        Raises:
+            ValueError: The vocabulary is another one, or `uniforms` are needed and missing.
+        """
         self.check_output(output)
+        if self.samples and uniforms is None:
+            raise ValueError(
+                f"The encoding {self.name!r} draws tokens; give `uniforms`, one for each of {len(labels)}."
+            )
         labels = labels.to(output.hidden.device)
         if uniforms is not None:
             uniforms = uniforms.to(output.hidden.device)

@@ -15,7 +15,7 @@ from hf_distill.cache.encoding import Arrays, Columns
 from hf_distill.cache.observe import Block, log_probs_of
 from hf_distill.functional.head import LMHead
 from hf_distill.functional.registry import unknown_name
-from hf_distill.signals import Projection, identity
+from hf_distill.signals import Projection, Signal, identity
 
 
 _FP8 = torch.float8_e4m3fn
@@ -83,6 +83,7 @@ class Hidden(BaseEncoding):
     """
 
     name: ClassVar[str] = "hidden"
+    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES})
 
     dtype: str = "bfloat16"
     _head: LMHead | None = field(default=None, init=False, repr=False, compare=False)

@@ -18,6 +18,8 @@ from hf_distill.signals import Projection, Signal
 Columns = Mapping[str, Tensor]
 # Arrays of a shard, by name, as they are written to disk and mapped from it.
 Arrays = Mapping[str, np.ndarray]
+# From numbers of tokens of a shard, `[M]` int64 in any order, to their columns.
+Decoder = Callable[[np.ndarray], Columns]
 
 
 class Encoding(ABC):
@@ -58,8 +60,8 @@ class Encoding(ABC):
         """The arrays of a shard, of the columns of all of its tokens; equal columns give equal bytes."""
 
     @abstractmethod
-    def open(self, arrays: Arrays) -> Callable[[np.ndarray], Columns]:
-        """A function from numbers of tokens of the shard, `[M]` int64 in any order, to their columns."""
+    def open(self, arrays: Arrays) -> Decoder:
+        """What reads the tokens of a shard."""
 
     @abstractmethod
     def targets(self, columns: Columns, labels: Tensor) -> SparseLogits | Projection:

@@ -125,7 +125,7 @@ class SetReader:
         rank += self._buckets.bases.take(bucket)
         words >>= width
         words &= np.uint32((1 << self._payload_bits) - 1)
-        found = self._buckets.ids.take(rank)
+        found: np.ndarray = self._buckets.ids.take(rank)
         if full:
             ids[:], payload[:] = found.reshape(ids.shape), words.reshape(ids.shape)
         else:

@@ -9,11 +9,14 @@ from typing import Any
 from hf_distill.cache.base import BaseEncoding
 from hf_distill.cache.dense import Dense, Hidden
 from hf_distill.cache.encoding import Encoding
+from hf_distill.cache.sampled import Sampled, TopKTail
 from hf_distill.cache.sparse import TopK
 from hf_distill.functional.registry import unknown_name
 
 
-ENCODINGS: dict[str, type[BaseEncoding]] = {encoding.name: encoding for encoding in (TopK, Dense, Hidden)}
+ENCODINGS: dict[str, type[BaseEncoding]] = {
+    encoding.name: encoding for encoding in (TopK, Sampled, TopKTail, Dense, Hidden)
+}
 
 
 def make_encoding(name: str, *, vocab_size: int, temperatures: tuple[float, ...] = (1.0,), **options: Any) -> Encoding:

@@ -14,7 +14,7 @@ from hf_distill.cache.base import LogitsEncoding, at_least
 from hf_distill.cache.encoding import Arrays, Columns
 from hf_distill.cache.ids import MAX_PAYLOAD_BITS, SetReader, pack_sets
 from hf_distill.cache.observe import Block, Spread, log_probs_of
-from hf_distill.cache.values import normaliser, quantise, restore, rests_to_half, to_half
+from hf_distill.cache.values import normaliser, pack_scalars, quantise, read_scalars, restore
 from hf_distill.functional.sparse import SparseLogits
 
 
@@ -44,11 +44,13 @@ class TopK(LogitsEncoding):
         values, ids = block.top(self.k)
         spread = block.spread(1.0, entropy=True)
         assert spread.entropy is not None
+        log_probs = log_probs_of(values, spread.log_total)
         rests = [spread.take_out_(ids)]
         rests += [block.spread(t, entropy=False).take_out_(ids) for t in self.temperatures[1:]]
         return {
-            **_ids_and_values(values, ids, spread),
-            "label_log_probs": _label_log_probs(block, labels, spread),
+            "ids": known_ids(ids, log_probs),
+            "log_probs": log_probs,
+            "label_log_probs": label_log_probs(block, labels, spread),
             "entropies": spread.entropy.float()[:, None],
             "log_rests": torch.stack(rests, 1).log().float(),
         }
@@ -57,7 +59,7 @@ class TopK(LogitsEncoding):
         """See `Encoding`."""
         codes, steps = quantise(columns["log_probs"], self.bits)
         arrays, _ = pack_sets(columns["ids"].numpy(), self.vocab_size, codes, self.bits)
-        return {**arrays, "steps": steps, **_pack_scalars(columns)}
+        return {**arrays, "steps": steps, **pack_scalars(columns)}
 
     def open(self, arrays: Arrays) -> Callable[[np.ndarray], Columns]:
         """See `Encoding`."""
@@ -65,9 +67,8 @@ class TopK(LogitsEncoding):
 
         def read(numbers: np.ndarray) -> Columns:
             ids, codes = reader(numbers)
-            log_probs = restore(codes, arrays["steps"][numbers])
-            _clear_unused_(log_probs, ids)
-            scalars = _read_scalars(arrays, numbers)
+            log_probs = read_log_probs(codes, arrays["steps"][numbers], ids)
+            scalars = read_scalars(arrays, numbers)
             log_probs -= normaliser(log_probs, scalars["log_rests"][:, 0])[:, None]
             return {"ids": torch.from_numpy(ids), "log_probs": log_probs, **scalars}
 
@@ -94,35 +95,25 @@ def check_head(k: int, bits: int, vocab_size: int) -> None:
     """Check the options of an exact head.
 
     Raises:
-        ValueError: There are fewer ids than that, or none, or the bits are too few or too many.
+        ValueError: `k` is not in [1, vocab_size], or `bits` not in [2, 10].
     """
     at_least("k", k, 1, vocab_size, f", the size of the vocabulary being {vocab_size}")
     at_least("bits", bits, 2, MAX_PAYLOAD_BITS)
 
 
-def _ids_and_values(values: Tensor, ids: Tensor, spread: Spread) -> dict[str, Tensor]:
-    log_probs = log_probs_of(values, spread.log_total)
-    return {"ids": ids.masked_fill(log_probs == -torch.inf, -1).int(), "log_probs": log_probs}
+def known_ids(ids: Tensor, log_probs: Tensor) -> Tensor:
+    """Ids as they are kept: -1 where a token is impossible or a slot unused."""
+    return ids.masked_fill(log_probs == -torch.inf, -1).int()
 
 
-def _label_log_probs(block: Block, labels: Tensor, spread: Spread) -> Tensor:
+def label_log_probs(block: Block, labels: Tensor, spread: Spread) -> Tensor:
+    """The log-probability of the label of each row."""
     return log_probs_of(block.logits.gather(1, labels[:, None]), spread.log_total)[:, 0]
 
 
-_SCALARS = ("label_log_probs", "entropies", "log_rests")
-
-
-def _pack_scalars(columns: Columns) -> dict[str, np.ndarray]:
-    known = [name for name in _SCALARS if name in columns]
-    return {name: (rests_to_half if name == "log_rests" else to_half)(columns[name]) for name in known}
-
-
-def _read_scalars(arrays: Arrays, numbers: np.ndarray) -> dict[str, Tensor]:
-    known = [name for name in _SCALARS if name in arrays]
-    return {name: torch.from_numpy(arrays[name][numbers].astype(np.float32)) for name in known}
-
-
-def _clear_unused_(log_probs: Tensor, ids: np.ndarray) -> None:
-    """Mark the slots that hold no id; they are the last of their token."""
-    if (ids[:, -1] < 0).any():
+def read_log_probs(codes: np.ndarray, steps: np.ndarray, ids: np.ndarray) -> Tensor:
+    """Log-probabilities but for a constant of each token, -inf where there is no id."""
+    log_probs = restore(codes, steps)
+    if (ids[:, -1] < 0).any():  # unused slots are the last
         log_probs.masked_fill_(torch.from_numpy(ids < 0), -torch.inf)
+    return log_probs

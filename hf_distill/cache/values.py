@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_distill.cache.encoding import Arrays, Columns
+
 
 # Half precision is off by this share of a number at most.
 HALF_ERROR = 2**-11
@@ -67,11 +69,19 @@ def log_one_less(log_mass: Tensor) -> Tensor:
     return torch.where(large, (-torch.expm1(log_mass)).log(), torch.log1p(-log_mass.where(~large, -1.0).exp()))
 
 
-def to_half(values: Tensor) -> np.ndarray:
-    """Scalars in half precision; between 6e-5 and 65504 they are off by `HALF_ERROR` of their value at most."""
-    return values.to(torch.float16).numpy()
+# What is kept of a token besides its ids, in half precision.
+_SCALARS = ("label_log_probs", "entropies", "log_rests")
 
 
-def rests_to_half(log_rests: Tensor) -> np.ndarray:
-    """Logarithms of the mass beyond the ids; where rounding would leave the ids none, it leaves the least."""
-    return to_half(log_rests.clamp(max=_LEAST))
+def pack_scalars(columns: Columns) -> dict[str, np.ndarray]:
+    """Those of the columns that are numbers of a token, each off by `HALF_ERROR` of its value above 6e-5."""
+    scalars = {name: columns[name] for name in _SCALARS if name in columns}
+    if "log_rests" in scalars:  # rounding must leave the ids a mass
+        scalars["log_rests"] = scalars["log_rests"].clamp(max=_LEAST)
+    return {name: values.to(torch.float16).numpy() for name, values in scalars.items()}
+
+
+def read_scalars(arrays: Arrays, numbers: np.ndarray) -> dict[str, Tensor]:
+    """What `pack_scalars` packed, of some tokens."""
+    known = [name for name in _SCALARS if name in arrays]
+    return {name: torch.from_numpy(arrays[name][numbers].astype(np.float32)) for name in known}

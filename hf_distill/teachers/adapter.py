@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -33,7 +33,7 @@ class AdapterDisabledTeacher(Teacher):
             weights of the base itself are trained, so that there is no base left to be the teacher.
     """
 
-    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES, Signal.ATTENTION})
+    provides = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES, Signal.ATTENTION})
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

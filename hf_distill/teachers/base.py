@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.anatomy import task_of, unwrap
+from hf_distill.objectives import Objective
 from hf_distill.signals import NO_LAYERS, Layers, ModelShape, Signal, TeacherSignals
+from hf_distill.teachers.vocabulary import check_vocabularies
 
 
 class Teacher(ABC):
@@ -29,7 +31,7 @@ class Teacher(ABC):
             that column for it, also where the student does not take it.
     """
 
-    provides: ClassVar[frozenset[Signal]]
+    provides: frozenset[Signal]
     name: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     vocab_size: int | None = None
@@ -57,7 +59,7 @@ class Teacher(ABC):
         if missing:
             raise ValueError(
                 f"`needs` asks for {_names(needs)}, but {type(self).__name__} provides only {_names(self.provides)}; "
-                f"use a teacher that provides {_names(missing)}, for example `ModelTeacher(model)`."
+                f"{self.remedy(missing)}."
             )
         asked = Layers(
             hidden=layers.hidden if Signal.HIDDEN_STATES in needs else frozenset(),
@@ -72,6 +74,45 @@ class Teacher(ABC):
             ValueError: It has no layers, or they cannot be told.
         """
         raise ValueError(f"`teacher_model`: a {type(self).__name__} has no layers to compare; use a ModelTeacher.")
+
+    def remedy(self, missing: Collection[Signal]) -> str:
+        """What to do about signals that it does not provide; the end of a message."""
+        return f"use a teacher that provides {_names(missing)}, for example `ModelTeacher(model)`"
+
+    def check_objectives(self, objectives: Iterable[Objective]) -> None:
+        """Check, before the first step, that all objectives of a run can be computed from this teacher.
+
+        Raises:
+            ValueError: One needs something that the teacher does not provide; both sides are named.
+        """
+        for objective in objectives:
+            missing = objective.needs - self.provides
+            if missing:
+                raise ValueError(
+                    f"`objectives`: {type(objective).__name__} needs {_names(objective.needs)}, but "
+                    f"{type(self).__name__} provides only {_names(self.provides)}; {self.remedy(missing)}, or remove "
+                    "the objective."
+                )
+
+    def check_layers(self, layers: Layers) -> None:  # noqa: B027 # models give all of their layers
+        """Check, before the first step, that it can give the layers that the objectives have chosen.
+
+        Raises:
+            ValueError: It cannot look into one of them.
+        """
+
+    def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> None:
+        """Check that an id means the same token to the student and to this teacher; see `check_vocabularies`.
+
+        Args:
+            tokenizer: The student's; None when it is not known.
+            vocab_size: Columns of the student's logits.
+
+        Raises:
+            ValueError: The tokenizers disagree.
+        """
+        if self.vocab_size is not None:
+            check_vocabularies(tokenizer, self.tokenizer, vocab_size, self.vocab_size)
 
     def prepare(self, accelerator: Accelerator) -> None:  # noqa: B027 # many teachers have nothing to place
         """Place or shard the teacher for a run; called once, before the first `signals`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -45,7 +45,7 @@ class ModelTeacher(Teacher):
         ```
     """
 
-    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES, Signal.ATTENTION})
+    provides = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES, Signal.ATTENTION})
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None

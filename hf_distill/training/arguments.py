@@ -27,6 +27,7 @@ class DistillationArguments:
         teacher_model_name_or_path: The teacher, loaded by the trainer; "base" is a LoRA student's own base model.
         teacher_quantization: "nf4" or "int8" to load the teacher with bitsandbytes.
         teacher_dtype: Precision of the teacher's weights, for example "bfloat16"; "auto" keeps the saved one.
+        teacher_cache: Folder of soft labels that `build_cache` made, in place of a teacher that is loaded.
         ce_weight: Weight of the cross-entropy on the labels.
         kd_weight: Weight of the divergence from the teacher.
         temperature: Softens both distributions. 1 is right for language models, whose distributions are peaked.
@@ -50,6 +51,7 @@ class DistillationArguments:
     )
     teacher_quantization: str | None = field(default=None, metadata={"help": "'nf4' or 'int8' (bitsandbytes)."})
     teacher_dtype: str = field(default="auto", metadata={"help": "Precision of the teacher's weights."})
+    teacher_cache: str | None = field(default=None, metadata={"help": "Folder of soft labels, in place of a teacher."})
     ce_weight: float = field(default=0.5, metadata={"help": "Weight of the cross-entropy on the labels."})
     kd_weight: float = field(default=0.5, metadata={"help": "Weight of the divergence from the teacher."})
     temperature: float = field(default=1.0, metadata={"help": "Softens both distributions in the divergence."})

@@ -21,7 +21,7 @@ from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
 from hf_distill.signals import AttentionStates, Projection, Signal, StudentSignals, Targets, identity
 from hf_distill.taps import tap_head_input, tap_layers
 from hf_distill.teachers import Teacher
-from hf_distill.training.checks import check_needs, check_parallelism, check_teacher_type
+from hf_distill.training.checks import check_parallelism, check_teacher_type
 from hf_distill.training.gradient_shares import measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
@@ -54,8 +54,9 @@ class DistillationCallback(TrainerCallback):
     micro-batch in `compute_loss`. The student's own forward is listened to, so it runs no second time; the teacher
     reads exactly the keyword arguments that the student was given. The terms are divided by the labelled tokens of
     all micro-batches and ranks of an optimizer step, and logged beside the trainer's own metrics; `loss` is the sum.
-    Evaluation is the trainer's own. Where the labels are the main thing, `KDTrainer` and `KDSFTTrainer` do the same
-    and never build the student's logits.
+    Evaluation is the trainer's own. It stays for every run of the trainer, resumed ones too, until
+    `trainer.remove_callback(DistillationCallback)`, which makes the trainer what it was. Where the labels are the
+    main thing, `KDTrainer` and `KDSFTTrainer` do the same and never build the student's logits.
 
     Args:
         trainer: The trainer that it is added to.
@@ -88,7 +89,8 @@ class DistillationCallback(TrainerCallback):
         check_weight("objective_lr_multiplier", objective_lr_multiplier)
         if isinstance(trainer, ObjectiveParametersMixin):
             raise ValueError(
-                f"`trainer` is a {type(trainer).__name__}, which has a teacher already; pass `objectives=[...]` to it."
+                f"`trainer` is a {type(trainer).__name__}, which has a teacher already; pass `objectives=[...]` to it, or "
+                "remove the callback that it has: `trainer.remove_callback(DistillationCallback)`."
             )
         check_parallelism(trainer)
         self.trainer = trainer
@@ -97,7 +99,7 @@ class DistillationCallback(TrainerCallback):
         self.reads_heads = any(Signal.LOGITS in term.needs for term in self.objectives)
         tokenizer = trainer.processing_class
         self.teacher = build_teacher(teacher_model, trainer.model, tokenizer, compares_logits=self.reads_heads)
-        check_needs(self.objectives, self.teacher)
+        self.teacher.check_objectives(self.objectives)
         self.features = FeatureTerms(self.objectives)
         monitors = (*STUDENT_MONITORS, *TEACHER_MONITORS) if self.logits else ()
         terms = [f"{term.divergence}_loss" for term in self.logits] + [
@@ -105,32 +107,40 @@ class DistillationCallback(TrainerCallback):
         ]
         self.window = MetricWindow([*terms, *monitors])
         self.labels_in_step: Tensor | None = None
+        self.schedules = ScheduleCallback(self.objectives, trainer.accelerator, self.window)
         self._class = type(trainer)
-        self.attach()
-        trainer._features, trainer._objective_lr_multiplier = self.features, objective_lr_multiplier
+        self._attach(objective_lr_multiplier)
         try:
             if self.features.weights:
                 trainer._set_up_features(shape_of(trainer.model, "student"), self.teacher.shape())
+                self.teacher.check_layers(self.features.teacher_layers)
             self.teacher.prepare(trainer.accelerator)
         except Exception:
-            trainer.__class__ = self._class  # a trainer whose callback failed is the trainer that it was
+            self.detach()  # a trainer whose callback failed is the trainer that it was
             raise
-        self.schedules = ScheduleCallback(self.objectives, trainer.accelerator)
         trainer.add_callback(self.schedules)
 
-    def attach(self) -> None:
-        """Put the methods of `ListeningMixin` before the trainer's own."""
-        self.trainer._distillation = self
-        if type(self.trainer) is self._class:
-            self.trainer.__class__ = type(self._class.__name__, (ListeningMixin, self._class), {})
+    def _attach(self, objective_lr_multiplier: float) -> None:
+        """Put the methods of `ListeningMixin` before the trainer's own: a checkpoint is read before any event."""
+        trainer = self.trainer
+        trainer._distillation, trainer._features = self, self.features
+        trainer._objective_lr_multiplier = objective_lr_multiplier
+        trainer.__class__ = type(self._class.__name__, (ListeningMixin, self._class), {})
+
+    def detach(self) -> None:
+        """Make the trainer what it was; removing the callback from it does that."""
+        self.trainer._drop_features()
+        self.trainer.callback_handler.pop_callback(self.schedules)
+        del self.trainer._distillation
+        self.trainer.__class__ = self._class
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the teacher again, where a trainer trains for a second time."""
-        self.attach()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the trainer its own class back."""
-        self.trainer.__class__ = self._class
+        """Refuse a callback that was removed: by now its parameters would be missing from optimizer and checkpoint."""
+        if getattr(self.trainer, "_distillation", None) is not self:
+            raise ValueError(
+                "This DistillationCallback was removed from its trainer and added again; make a new one: "
+                "`trainer.add_callback(DistillationCallback(trainer, teacher_model=..., objectives=[...]))`."
+            )
 
     @contextmanager
     def listen(self, model: nn.Module) -> Iterator[Heard]:
@@ -253,6 +263,20 @@ class ListeningMixin(ObjectiveParametersMixin, Base):
         if self.loss_is_scaled_for_ga is not None:
             return self.loss_is_scaled_for_ga
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback; without the distillation's the trainer is what it was."""
+        popped = super().pop_callback(callback)
+        if popped is self._distillation:
+            popped.detach()
+        return popped
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback, as `pop_callback`."""
+        was_added = self._distillation in self.callback_handler.callbacks
+        super().remove_callback(callback)
+        if was_added and self._distillation not in self.callback_handler.callbacks:
+            self._distillation.detach()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Count the labels of an optimizer step on all ranks."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
-from hf_distill.objectives import Objective
-from hf_distill.teachers import Teacher
+from hf_distill.teachers import CachedTeacher, Teacher
 
 
 C = TypeVar("C")
@@ -34,22 +33,26 @@ def check_config(args: Any, expected: type[C]) -> C:
 
 
 def check_teacher_argument(teacher_model: Any, args: Any) -> str | PreTrainedModel | Teacher:
-    """Return what the teacher is to be made of: the argument or the config's field.
+    """Return what the teacher is to be made of: the argument or one of the config's fields.
 
     Raises:
-        ValueError: Neither or both are given, or a loaded teacher is asked to be quantised.
+        ValueError: None or several are given, a loaded teacher is asked to be quantised, or `teacher_cache` is no
+            whole cache.
     """
-    named = args.teacher_model_name_or_path
-    if teacher_model is None and named is None:
+    fields = ("teacher_model_name_or_path", "teacher_cache")
+    named = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    given = ["`teacher_model` was passed"] * (teacher_model is not None)
+    given += [f"`{name}` is {value!r}" for name, value in named.items()]
+    if not given:
         raise ValueError(
-            "`teacher_model` is missing; pass `teacher_model=load_teacher(name)` to the trainer or set "
-            "`teacher_model_name_or_path=name` in its config."
+            "`teacher_model` is missing; pass `teacher_model=load_teacher(name)` to the trainer, or set "
+            "`teacher_model_name_or_path=name` or `teacher_cache=folder` in its config."
         )
-    if teacher_model is not None and named is not None:
-        raise ValueError(
-            f"`teacher_model` was passed and `teacher_model_name_or_path` is {named!r}; give the teacher once."
-        )
-    teacher = check_teacher_type(named if teacher_model is None else teacher_model)
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}; give the teacher once.")
+    if args.teacher_cache is not None:
+        teacher_model = CachedTeacher(args.teacher_cache)
+    teacher = check_teacher_type(args.teacher_model_name_or_path if teacher_model is None else teacher_model)
     if args.teacher_quantization is not None and not (isinstance(teacher, str) and teacher != "base"):
         raise ValueError(
             f"`teacher_quantization` is {args.teacher_quantization!r}, but the teacher is loaded already; quantise it "
@@ -70,21 +73,6 @@ def check_teacher_type(teacher: Any) -> str | PreTrainedModel | Teacher:
             "`teacher_model=load_teacher(name)`."
         )
     return teacher
-
-
-def check_needs(objectives: Iterable[Objective], teacher: Teacher) -> None:
-    """Check that the teacher provides what the objectives need.
-
-    Raises:
-        ValueError: Something is missing; both sides are named.
-    """
-    for objective in objectives:
-        missing = objective.needs - teacher.provides
-        if missing:
-            raise ValueError(
-                f"`objectives`: {type(objective).__name__} needs {sorted(missing)}, but {type(teacher).__name__} "
-                f"provides only {sorted(teacher.provides)}; use a ModelTeacher or remove the objective."
-            )
 
 
 def check_parallelism(trainer: Any) -> None:

@@ -30,7 +30,7 @@ from hf_distill.signals import (
 from hf_distill.taps import tap_last_hidden, tap_layers
 from hf_distill.teachers import Teacher, prepare_quantized_student
 from hf_distill.training.card import trainer_card, write_card
-from hf_distill.training.checks import check_columns, check_needs, check_parallelism, check_teacher_argument
+from hf_distill.training.checks import check_columns, check_parallelism, check_teacher_argument
 from hf_distill.training.gradient_shares import Losses, measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
@@ -108,9 +108,10 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
             quantization=self.args.teacher_quantization,
             dtype=self.args.teacher_dtype,
         )
-        check_needs(self.objectives, self.teacher)
+        self.teacher.check_objectives(self.objectives)
         if len(self._logit_objectives) < len(self.objectives):
             self._set_up_features(shape_of(self.model, "student"), self.teacher.shape())
+            self.teacher.check_layers(self._features.teacher_layers)
         self.teacher.prepare(self.accelerator)
         takes_token_types = TOKEN_TYPES in inspect.signature(unwrap(self.model).forward).parameters
         self._not_for_student = TARGET_KEYS if takes_token_types else (*TARGET_KEYS, TOKEN_TYPES)
@@ -118,7 +119,7 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         monitors = [*STUDENT_MONITORS, *TEACHER_MONITORS]
         self._train_window = MetricWindow([*terms, *monitors])
         self._eval_window = MetricWindow(["loss", *terms, *monitors])
-        self._schedules = ScheduleCallback(self.objectives, self.accelerator)
+        self._schedules = ScheduleCallback(self.objectives, self.accelerator, self._train_window)
         self.add_callback(self._schedules)
         self._warned_unlabelled = False
         self.retention_report: RetentionReport | None = None

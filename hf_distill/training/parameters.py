@@ -48,6 +48,12 @@ class ObjectiveParametersMixin(Base):
         self._run_features = self.accelerator.prepare_model(self._features)
         self.add_callback(_ZeroGradients(self._features))
 
+    def _drop_features(self) -> None:
+        """Undo `_set_up_features`, whole or failed."""
+        self.callback_handler.pop_callback(_ZeroGradients)
+        for name in ("_features", "_run_features", "_objective_lr_multiplier"):
+            self.__dict__.pop(name, None)
+
     def _owned(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._features.parameters() if parameter.requires_grad]
 

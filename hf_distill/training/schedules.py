@@ -19,11 +19,17 @@ class ScheduleCallback(TrainerCallback):
     """Tells objectives how far the run is, 0 in the first step and 1 in the last, and TAID what its loss was.
 
     Schedules follow from the step alone; what TAID has learned from its losses is saved by the objective.
+
+    Args:
+        objectives: Those of a run.
+        accelerator: The trainer's.
+        logged: What the trainer logs of its steps; a run begins with nothing in it.
     """
 
-    def __init__(self, objectives: Sequence[Objective], accelerator: Accelerator) -> None:
+    def __init__(self, objectives: Sequence[Objective], accelerator: Accelerator, logged: MetricWindow) -> None:
         self._objectives = list(objectives)
         self._accelerator = accelerator
+        self._logged = logged
         logits = [objective for objective in objectives if isinstance(objective, LogitObjective)]
         self._taid = next((objective for objective in logits if objective.interpolation is not None), None)
         self._window = MetricWindow(["taid_loss", *TAID_MONITORS])
@@ -32,6 +38,10 @@ class ScheduleCallback(TrainerCallback):
         """Add up what one micro-batch of training gave, by name as in `MetricWindow.add`."""
         if self._taid is not None:
             self._window.add(sums, count)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Forget what another run did not log."""
+        self._logged.reset()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take the values of this step, and forget what a step that failed had seen."""

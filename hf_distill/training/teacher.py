@@ -14,7 +14,6 @@ from hf_distill.teachers import (
     Teacher,
     check_not_student,
     check_same_task,
-    check_vocabularies,
     load_teacher,
 )
 
@@ -54,7 +53,7 @@ def build_teacher(
     check_not_student(student, teacher)
     if compares_logits:
         check_same_task(student, teacher)
-    if task != "sequence_classification" and teacher.vocab_size is not None:
+    if task != "sequence_classification":
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        check_vocabularies(tokenizer, teacher.tokenizer, describe(student).vocab_size, teacher.vocab_size)
+        teacher.check_vocabulary(tokenizer, describe(student).vocab_size)
     return teacher

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
 from hf_distill import DistillationCallback, HiddenStateObjective, LogitObjective
@@ -107,10 +107,7 @@ def test_weight_zero_changes_no_bit_and_only_watches(kind, tmp_path):
     nothing = [LogitObjective(0.0), HiddenStateObjective(0.0)]
     watched = make_trainer(kind, tmp_path, objectives=nothing, **settings)
     alone = make_trainer(kind, tmp_path, objectives=nothing, **settings)
-    for callback in list(alone.callback_handler.callbacks):
-        if isinstance(callback, DistillationCallback):
-            alone.remove_callback(callback)
-            alone.__class__ = callback._class
+    alone.remove_callback(DistillationCallback)
     watched.train()
     alone.train()
     assert logged(watched, "loss") == logged(alone, "loss")
@@ -120,18 +117,26 @@ def test_weight_zero_changes_no_bit_and_only_watches(kind, tmp_path):
         assert torch.equal(trained(watched)[name], value), name
 
 
-def test_it_leaves_nothing_behind_and_comes_back_for_a_second_run(tmp_path):
-    trainer = plain_trainer("causal_lm", tmp_path, max_steps=2)
+def test_it_stays_for_a_second_run_and_leaves_nothing_behind_when_it_is_removed(tmp_path):
+    trainer = plain_trainer("causal_lm", tmp_path, max_steps=3, logging_steps=2)
     model, before = trainer.model, hooks(trainer.model)
-    trainer.add_callback(DistillationCallback(trainer, make_models()[1]))
-    assert type(trainer) is not Trainer
-    assert type(trainer).__name__ == "Trainer"
-    for _ in range(2):
-        trainer.train()
+    callbacks = list(trainer.callback_handler.callbacks)
+    for way in ("remove_callback", "pop_callback"):
+        objectives = [LogitObjective(0.5), HiddenStateObjective(0.3)]
+        trainer.add_callback(DistillationCallback(trainer, make_models(wide_teacher=True)[1], objectives))
+        assert type(trainer) is not Trainer
+        assert type(trainer).__name__ == "Trainer"
+        for _ in range(2):
+            trainer.train()
+            assert hooks(model) == before
+            assert len(logged(trainer, "kl")) == 1
+            assert "eval_kl" not in trainer.evaluate(tiny.tokenized_dataset(4))
+        getattr(trainer, way)(DistillationCallback)
         assert type(trainer) is Trainer
-        assert hooks(model) == before
-        assert len(logged(trainer, "kl")) == 2
-        assert "eval_kl" not in trainer.evaluate(tiny.tokenized_dataset(4))
+        assert not {"_distillation", "_features", "_run_features", "_objective_lr_multiplier"} & set(vars(trainer))
+        assert trainer.callback_handler.callbacks == callbacks
+    trainer.train()
+    assert logged(trainer, "kl") == []
 
 
 def test_packed_documents_are_read_apart_by_the_teacher_too(tmp_path):
@@ -157,6 +162,19 @@ def test_bf16_autocast_and_the_adapters_own_base(tmp_path):
 
 def test_a_resumed_run_goes_on_with_its_projectors(tmp_path):
     assert_projectors_resume("sft-callback", tmp_path)
+
+
+def test_a_callback_that_was_removed_is_not_taken_again(tmp_path):
+    trainer = plain_trainer("causal_lm", tmp_path, max_steps=1)
+    callback = DistillationCallback(trainer, make_models()[1])
+    trainer.remove_callback(PrinterCallback)  # another one
+    trainer.add_callback(callback)
+    with pytest.raises(ValueError, match="remove_callback"):
+        DistillationCallback(trainer, make_models()[1])
+    assert trainer.pop_callback(DistillationCallback) is callback
+    trainer.add_callback(callback)
+    with pytest.raises(ValueError, match="make a new one"):
+        trainer.train()
 
 
 class HeadlessTrainer(Trainer):
@@ -192,9 +210,11 @@ def test_a_distilling_trainer_has_a_teacher_already(tmp_path):
 
 def test_a_callback_that_fails_leaves_the_trainer_as_it_was(tmp_path):
     trainer = plain_trainer("causal_lm", tmp_path)
+    attributes = set(vars(trainer))
     with pytest.raises(ValueError, match="which has layers 1 to 2"):
         DistillationCallback(trainer, make_models()[1], [HiddenStateObjective(layer_mapping=[(3, 2)])])
     assert type(trainer) is Trainer
+    assert vars(trainer).keys() == attributes
     with pytest.raises(ValueError, match="teacher_model"):
         DistillationCallback(trainer, None)
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from hf_distill import KDConfig, KDTrainer, LogitObjective
-from hf_distill.training.checks import check_columns, check_config, check_needs, check_teacher_argument
+from hf_distill import KDConfig, KDTrainer, LogitObjective, ModelTeacher
+from hf_distill.training.checks import check_columns, check_config, check_teacher_argument
 from tests import tiny
 from tests.training.runs import make_trainer
 
@@ -41,11 +41,11 @@ def test_plain_training_arguments_are_refused_with_the_class_to_use(tmp_path):
 
 
 def test_needs_that_the_teacher_lacks_name_both_sides():
-    class Mute:
+    class Mute(ModelTeacher):
         provides = frozenset()
 
     with pytest.raises(ValueError, match=r"LogitObjective needs.*logits.*Mute provides"):
-        check_needs([LogitObjective(1.0)], Mute())
+        Mute(tiny.model()).check_objectives([LogitObjective(1.0)])
 
 
 @pytest.mark.parametrize("value", [[0.5, 0.5], 0.5, [1, 0], [[0.1], [0.2]], [True, False]])

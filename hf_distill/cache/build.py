@@ -1,0 +1,115 @@
+"""Computes the soft labels of a dataset once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from hf_distill.cache.identity import identity_of, tokenizer_identity
+from hf_distill.cache.manifest import MANIFEST, Identity, Manifest, check_same, save_identity
+from hf_distill.cache.plan import plan_rows
+from hf_distill.cache.registry import make_encoding
+from hf_distill.cache.shard import COMPRESSIONS
+from hf_distill.cache.source import LocalSource
+from hf_distill.cache.writer import Writer, remove_leftovers
+from hf_distill.functional.registry import unknown_name
+
+
+def build_cache(
+    teacher: Any,
+    dataset: Sequence[Any],
+    out: str | Path,
+    encoding: str = "topk",
+    k: int | None = None,
+    temperatures: Sequence[float] = (1.0,),
+    *,
+    tokenizer: Any = None,
+    quantization: str | None = None,
+    shard_tokens: int = 2**20,
+    batch_tokens: int = 4096,
+    compression: str | None = None,
+    show_progress: bool = True,
+    **options: Any,
+) -> Manifest:
+    """Run a teacher over a dataset and keep its distributions on disk, for `CachedTeacher`.
+
+    A build that was stopped goes on with the next call, and ends in the bytes that it would have ended in. Under
+    `accelerate launch` every rank writes its own shards. A cache that is whole already is returned at once.
+
+    Example:
+        >>> build_cache("HuggingFaceTB/SmolLM2-1.7B-Instruct", trainer.train_dataset, "labels", temperatures=(1, 2))
+
+    Args:
+        teacher: A name, a `PreTrainedModel` or a `ModelTeacher` of a causal language model.
+        dataset: Tokenised examples, for example the `train_dataset` of the trainer that will read the cache; only
+            positions with labels are kept.
+        out: The folder.
+        encoding: "topk", "sampled", "topk_tail", "dense", "hidden", or a preset.
+        k: Ids of a token, for the encodings that have them.
+        temperatures: At which distillation may want to read it.
+        tokenizer: The one that the dataset was made with; the teacher's if None.
+        quantization: Of a teacher that is loaded here: "nf4" or "int8".
+        shard_tokens: Kept tokens of a shard: what a stopped build loses at most, for each rank.
+        batch_tokens: Tokens that the teacher reads at once, padding included.
+        compression: "zstd" for smaller files that are read into memory, or None for files that are mapped.
+        show_progress: Whether to show tokens per second, bytes per token and the time left.
+        **options: Of the encoding.
+
+    Raises:
+        ValueError: An argument is wrong, or `out` holds something else.
+        OSError: The disk is full; what was written stays.
+    """
+    if compression is not None and compression not in COMPRESSIONS:
+        raise unknown_name("compression", compression, COMPRESSIONS)
+    folder, resolved = Path(out), _teacher_of(teacher, quantization)
+    chosen = make_encoding(encoding, vocab_size=resolved.vocab_size, temperatures=tuple(temperatures), k=k, **options)
+    plan = plan_rows(dataset, shard_tokens, batch_tokens)
+    accelerator = Accelerator()
+    resolved.prepare(accelerator)
+    identity = Identity(
+        identity_of(resolved),
+        tokenizer_identity(tokenizer or resolved.tokenizer),
+        plan.fingerprint,
+        chosen.config(),
+        shard_tokens,
+        batch_tokens,
+        compression,
+    )
+    check_same(folder, identity)
+    accelerator.wait_for_everyone()
+    writer = Writer(folder, identity, plan, chosen, LocalSource(resolved, chosen))
+    if accelerator.is_main_process and not (folder / MANIFEST).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        save_identity(folder, identity)
+        writer.share()
+    accelerator.wait_for_everyone()
+    if not (folder / MANIFEST).exists():
+        writer.write(accelerator.process_index, accelerator.num_processes, show_progress=show_progress)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            writer.finish()
+        accelerator.wait_for_everyone()
+    return Manifest.load(folder)
+
+
+def _teacher_of(teacher: Any, quantization: str | None) -> Any:
+    """A teacher that can be run."""
+    from hf_distill.teachers import ModelTeacher, load_teacher
+
+    if isinstance(teacher, str):
+        teacher = load_teacher(teacher, quantization=quantization, task="causal_lm")
+    elif isinstance(teacher, PreTrainedModel):
+        teacher = ModelTeacher(teacher)
+    if not isinstance(teacher, ModelTeacher):
+        raise ValueError(
+            f"`teacher` is a {type(teacher).__name__}; expected a name, a PreTrainedModel or a ModelTeacher, e.g. "
+            "`build_cache(load_teacher(name), ...)`."
+        )
+    if teacher.task != "causal_lm":
+        raise ValueError(f"`teacher` is a {teacher.task} model; caches hold the distributions of causal_lm models.")
+    return teacher

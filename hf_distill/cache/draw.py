@@ -1,0 +1,73 @@
+"""Systematic sampling: one uniform number decides all draws of a token."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+# Rows of the table that the vocabulary is seen as: first a column is found, then the place in it.
+_DEPTH = 32
+
+
+def draw(weights: Tensor, uniforms: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    """Draw tokens in proportion to their weights: at (u + j) / draws of the distribution function, j = 0, 1, ...
+
+    With p the normalised weights, a token is drawn `draws * p` times on average over u, exactly, and always less than
+    once more or less often than that. Independent draws have the same mean and vary more.
+
+    Args:
+        weights: `[n, V]`, not negative, V a multiple of 32; tokens of a row without any weight are not drawn.
+        uniforms: `[n]` float64, u in [0, 1).
+        draws: How many in each row.
+
+    Returns:
+        The tokens that were drawn, `[n, draws]` int64, each once, and -1 in the slots left over; and how often.
+    """
+    table = weights.unflatten(1, (_DEPTH, -1))
+    ends = table.sum(1).double().cumsum(1)
+    starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
+    total = ends[:, -1:].contiguous()
+    steps = torch.arange(draws, device=weights.device)
+    points = (uniforms[:, None] + steps) / draws * total
+    # Rounding must not lead behind the last weight, to a token without any.
+    points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))
+    width = ends.shape[1]
+    column = torch.searchsorted(ends, points, right=True).clamp_(max=width - 1)
+    inside = table.gather(2, column[:, None].expand(-1, _DEPTH, -1)).double().cumsum(1)
+    # The sum of a column was rounded to the precision of the weights.
+    share = ((points - starts.gather(1, column)) / (ends - starts).gather(1, column)).clamp_(0.0, 1.0)
+    most = inside[:, -1]
+    place = torch.minimum(share * most, torch.nextafter(most, torch.zeros_like(most)))
+    ids = (inside <= place[:, None]).sum(1) * width + column
+    return _count(ids, total > 0)
+
+
+def _count(ids: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """Put equal neighbours of `[n, D]` into one slot, with their number."""
+    changes = torch.ones_like(ids, dtype=torch.bool)
+    changes[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    slot = changes.cumsum(1) - 1
+    counts = torch.zeros_like(ids).scatter_add_(1, slot, drawn.expand_as(ids).long())
+    return torch.full_like(ids, -1).scatter_(1, slot, ids).where(counts > 0, -1), counts
+
+
+def pack_counts(counts: np.ndarray) -> np.ndarray:
+    """Counts `[N, D]` that add up to D, or 0, in D bits of a token: a 1 ends the draws of each slot."""
+    ends = np.cumsum(counts, axis=1)
+    bits: np.ndarray = np.zeros(counts.shape, dtype=np.uint8)
+    row, slot = np.nonzero(counts)
+    bits[row, ends[row, slot] - 1] = 1
+    return np.packbits(bits, axis=1, bitorder="little")
+
+
+def unpack_counts(packed: np.ndarray, draws: int) -> np.ndarray:
+    """What `pack_counts` packed, `[M, draws]` int32."""
+    bits = np.unpackbits(packed, axis=1, count=draws, bitorder="little")
+    row, end = np.nonzero(bits)
+    begin: np.ndarray = np.append(0, end[:-1] + 1)
+    begin[np.diff(row, prepend=-1) != 0] = 0
+    counts: np.ndarray = np.zeros(bits.shape, dtype=np.int32)
+    counts[np.arange(draws) < bits.sum(1)[:, None]] = end + 1 - begin
+    return counts
