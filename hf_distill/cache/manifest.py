@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_distill.cache.shard import ShardEntry, digest_of, written_whole
+from hf_distill.cache.shard import UNFINISHED, ShardEntry, digest_of, written_whole
 
 
 FORMAT_VERSION = 1
@@ -204,7 +204,7 @@ def check_same(folder: Path, identity: Identity) -> None:
     """
     known = identity_in(folder)
     if known is None:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.suffix != UNFINISHED for path in folder.iterdir()):
             raise ValueError(f"`out` is {folder}, which is not empty and holds no cache; give a new folder.")
         return
     if differing := known.differences(identity):

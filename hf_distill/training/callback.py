@@ -89,8 +89,8 @@ class DistillationCallback(TrainerCallback):
         check_weight("objective_lr_multiplier", objective_lr_multiplier)
         if isinstance(trainer, ObjectiveParametersMixin):
             raise ValueError(
-                f"`trainer` is a {type(trainer).__name__}, which has a teacher already; pass `objectives=[...]` to it, or "
-                "remove the callback that it has: `trainer.remove_callback(DistillationCallback)`."
+                f"`trainer` is a {type(trainer).__name__}, which has a teacher already; pass `objectives=[...]` to it, "
+                "or remove the callback that it has: `trainer.remove_callback(DistillationCallback)`."
             )
         check_parallelism(trainer)
         self.trainer = trainer

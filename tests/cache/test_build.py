@@ -180,6 +180,12 @@ def test_another_build_into_the_same_folder_is_refused_with_what_differs(tmp_pat
     assert files_of(tmp_path) == before
 
 
+def test_a_build_that_was_killed_before_it_had_written_anything_goes_on(tmp_path):
+    (tmp_path / f"{BUILDING}.tmp").write_bytes(b"half")
+    build(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
     with pytest.raises(ValueError, match="not empty and holds no cache"):

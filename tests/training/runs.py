@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from peft import LoraConfig
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 
+from hf_distill.objectives.taid import TAIDInterpolation
 from tests import tiny
 
 
@@ -112,6 +114,12 @@ def trained(trainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in whole.items()}
 
 
+def taid_states(trainer) -> list[list[float]]:
+    """What this rank knows of TAID's t, for each objective that has one."""
+    modules = trainer._features.modules()
+    return [module.get_extra_state().tolist() for module in modules if isinstance(module, TAIDInterpolation)]
+
+
 def logged(trainer, key: str) -> list[float]:
     """One value of each logging step."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]
@@ -121,14 +129,16 @@ def main() -> None:
     """Train and evaluate every kind on the ranks that the launcher started; rank 0 saves what came out."""
     folder, settings, kinds = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
     for name, kind in kinds.items():
-        trainer = make_trainer(output_dir=folder / "run", **kind, **settings)
+        trainer = make_trainer(output_dir=folder / "run", **(settings | kind))
         trainer.train()
         metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
         weights = trained(trainer)  # every rank holds a part of sharded ones
+        states = gather_object([taid_states(trainer)])
         if trainer.is_world_process_zero():
             report = {
                 "history": trainer.state.log_history,
                 "eval": metrics,
+                "taid_states": states,
                 "world": trainer.accelerator.num_processes,
                 "kind": str(trainer.accelerator.distributed_type.value),
             }

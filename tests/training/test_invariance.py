@@ -10,11 +10,13 @@ import sys
 import pytest
 import torch
 
-from tests.training.runs import HIDDEN, logged, make_trainer, trained
+from tests.training.runs import HIDDEN, logged, make_trainer, taid_states, trained
 
 
 KINDS = {
     "KDTrainer": {"kind": "kd"},
+    # The loss of a step shows in t two steps later.
+    "KDTrainer-taid": {"kind": "kd", "divergence": "taid", "divergence_kwargs": {"alpha": 1.5}, "max_steps": 4},
     "KDTrainer-LoRA-projectors": {"kind": "kd", "lora": True, **HIDDEN},
     "KDSFTTrainer-attention": {"kind": "sft", "attention_weight": 2.0},
     "KDSFTTrainer-LoRA-projectors": {"kind": "sft", "lora": True, **HIDDEN},
@@ -32,6 +34,8 @@ def assert_same_weights(weights, reference) -> None:
 
 def keys_of(name: str) -> list[str]:
     own = [key for key in KEYS if key != "ce_loss"] if "callback" in name else KEYS
+    if "taid" in name:
+        own = [key.replace("forward_kl", "taid") for key in own]
     return own + ["hidden_loss"] * ("projectors" in name) + ["attention_loss"] * ("attention" in name)
 
 
@@ -40,17 +44,17 @@ def test_the_cut_of_the_batch_changes_neither_losses_nor_student(name, tmp_path)
     runs = []
     for size, steps in [(8, 1), (2, 4), (1, 8)]:
         cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        trainer = make_trainer(output_dir=tmp_path, **KINDS[name], **cut, max_steps=2)
+        trainer = make_trainer(output_dir=tmp_path, **({"max_steps": 2} | KINDS[name] | cut))
         before = trained(trainer)
         trainer.train()
         after = trained(trainer)
         moved = {key for key in before if (before[key] - after[key]).abs().max() > 1e-4}
         assert moved
         assert all(key in moved for key in before if key.startswith("objective."))
-        runs.append(({key: logged(trainer, key) for key in keys_of(name)}, after))
+        runs.append(({key: logged(trainer, key) for key in [*keys_of(name), "taid_t"]}, after))
     for losses, weights in runs[1:]:
-        for key in keys_of(name):
-            assert losses[key] == pytest.approx(runs[0][0][key], rel=1e-5, abs=1e-5), key
+        for key, values in runs[0][0].items():
+            assert losses[key] == pytest.approx(values, rel=1e-5, abs=1e-5), key
         assert_same_weights(weights, runs[0][1])
 
 
@@ -106,8 +110,12 @@ def assert_as_one_process(name, run, tmp_path) -> None:
     report = run["report"]
     assert report["world"] == 2
     cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    one = make_trainer(output_dir=tmp_path, **KINDS[name], **cut, max_steps=2)
+    one = make_trainer(output_dir=tmp_path, **({"max_steps": 2} | KINDS[name] | cut))
     one.train()
+    first, second = report["taid_states"]
+    assert first == second  # every bit: the ranks train towards one target
+    assert first == [pytest.approx(state, rel=1e-5) for state in taid_states(one)]
+    assert len(first) == ("taid" in name)
     for key in keys_of(name):
         values = [entry[key] for entry in report["history"] if key in entry]
         assert values == pytest.approx(logged(one, key), rel=1e-5, abs=1e-5), key

@@ -1,0 +1,26 @@
+"""The command `hf-distill`: one file a subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hf_distill.cli import cache
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; a wrong argument ends in one line on stderr and the exit status 2."""
+    parser = argparse.ArgumentParser("hf-distill", description="Knowledge distillation for Trainer and TRL.")
+    cache.add_to(parser.add_subparsers(required=True, metavar="COMMAND"))
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"hf-distill: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
