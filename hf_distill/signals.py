@@ -92,7 +92,9 @@ class Projection:
 
     def spread(self, index: Tensor, size: int) -> Projection:
         """Put the rows of `hidden` `[M, H]` at the positions `index` ([M], int64) of `size`; the others are zeros."""
-        return replace(self, hidden=self.hidden.new_zeros(size, self.hidden.shape[1]).index_copy_(0, index, self.hidden))
+        return replace(
+            self, hidden=self.hidden.new_zeros(size, self.hidden.shape[1]).index_copy_(0, index, self.hidden)
+        )
 
 
 def identity(logits: Tensor) -> Tensor:

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from hf_distill.cache.client import Client, RefusedError
 from hf_distill.cache.encoding import Columns, Encoding
+from hf_distill.cache.manifest import TeacherIdentity
 from hf_distill.cache.rows import Row
 from hf_distill.cache.top_tokens import TopTokens, join, topk_columns, topk_of
 
@@ -54,8 +56,7 @@ class RemoteTeacher:
     Args:
         url: The address of its API, such as "http://127.0.0.1:8000/v1".
         model: Its name there; for vLLM the name that it was started with, or `--served-model-name`.
-        vocab_size: Columns of its logits; read from the config of `model` if None.
-        tokenizer: Folder or Hub name of its tokenizer; `model` if None.
+        vocab_size: Columns of its logits, `vocab_size` in its config.json.
         api_key: Key of the API; the environment's VLLM_API_KEY if None. It is written nowhere.
         requests: How many are under way at once.
         timeout: Seconds until a request that is not answered is made again.
@@ -65,15 +66,14 @@ class RemoteTeacher:
     Example:
         ```python
         # vllm serve meta-llama/Llama-3.1-70B-Instruct --max-logprobs 50
-        teacher = RemoteTeacher("http://127.0.0.1:8000/v1", "meta-llama/Llama-3.1-70B-Instruct")
+        teacher = RemoteTeacher("http://127.0.0.1:8000/v1", "meta-llama/Llama-3.1-70B-Instruct", 128256)
         build_cache(teacher, dataset, "labels", encoding="topk", k=50)
         ```
     """
 
     url: str
     model: str
-    vocab_size: int | None = None
-    tokenizer: str | None = None
+    vocab_size: int
     api_key: str | None = field(default=None, repr=False)
     requests: int = 16
     timeout: float = 600.0
@@ -85,6 +85,10 @@ class RemoteTeacher:
         url = self.url.rstrip("/").removesuffix("/v1") + "/v1"
         key = self.api_key or os.environ.get(API_KEY)
         return Client(url, key, timeout=self.timeout, attempts=self.attempts, wait=self.wait)
+
+    def identity(self) -> TeacherIdentity:
+        """What is known of it: its address may change."""
+        return TeacherIdentity(self.model, None, None, None, self.vocab_size)
 
 
 def parse_prompt_logprobs(entries: Sequence[Mapping[str, Any] | None], row: Row, k: int) -> TopTokens:
@@ -164,43 +168,49 @@ class RemoteSource:
     Args:
         teacher: Where it is and what it is called.
         encoding: A `topk` at temperature 1.
+        longest: Tokens of the longest row.
 
     Raises:
-        ValueError: The encoding needs more than a server gives, or the server does not serve this model or so many
-            log-probabilities.
+        ValueError: The encoding needs more than a server gives, or the server does not serve this model, rows of this
+            length or so many log-probabilities.
         ConnectionError: The server does not answer.
     """
 
-    def __init__(self, teacher: RemoteTeacher, encoding: Encoding) -> None:
+    def __init__(self, teacher: RemoteTeacher, encoding: Encoding, longest: int) -> None:
         self._encoding = topk_of(encoding, "a server")
         self._teacher = teacher
         self._client = teacher.client()
-        self._longest = self._length_served() - GENERATED
+        served = self._length_served()
+        if longest + GENERATED > served:
+            raise ValueError(
+                f"The longest row has {longest} tokens, and the server at {self._client.url} reads "
+                f"{served - GENERATED} (and writes {GENERATED}); start it with "
+                f"`--max-model-len {longest + GENERATED}`, or drop longer rows."
+            )
         self._score(np.zeros(2, dtype=np.int32), "a prompt of two tokens")
 
     def columns(self, rows: Sequence[Row]) -> Columns:
         """The columns of all kept tokens of the rows.
 
         Raises:
-            ValueError: A row is longer than the server reads, or an answer is not what was asked for.
+            ValueError: An answer is not what was asked for.
             ConnectionError: The server went away.
         """
-        for row in rows:
-            if len(row.ids) > self._longest:
-                raise ValueError(
-                    f"Row {row.key.hex()} has {len(row.ids)} tokens, and the server reads {self._longest} and "
-                    f"generates {GENERATED}; start it with `--max-model-len {len(row.ids) + GENERATED}` or drop it."
-                )
         pool = ThreadPoolExecutor(self._teacher.requests)
         try:
-            parts = list(pool.map(self._top_tokens, rows))
+            parts = list(pool.map(self.top_tokens, rows))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         top = join(parts)
         check_raw(top, self._encoding.vocab_size)
         return topk_columns(top, self._encoding.vocab_size)
 
-    def _top_tokens(self, row: Row) -> TopTokens:
+    def shared_tensors(self, row: Row) -> dict[str, Tensor]:
+        """See `Source`."""
+        return {}
+
+    def top_tokens(self, row: Row) -> TopTokens:
+        """What the server says at the kept positions of a row."""
         return parse_prompt_logprobs(self._score(row.ids, f"row {row.key.hex()}"), row, self._encoding.k)
 
     def _score(self, ids: np.ndarray, what: str) -> Sequence[Mapping[str, Any] | None]:

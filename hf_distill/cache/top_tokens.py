@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -53,8 +53,15 @@ def join(parts: Sequence[TopTokens]) -> TopTokens:
 def topk_columns(top: TopTokens, vocab_size: int) -> Columns:
     """The columns of the encoding `topk` at temperature 1.
 
-    The entropy is that of the ids and the rest together, a lower bound: how the rest is spread is not known.
+    The entropy is that of the ids and the rest together, a lower bound: how the rest is spread is not known. Ids that
+    have more than all of the mass, by rounding or worse, are brought to 1.
     """
+    excess = np.log(np.maximum(top.mass, 1))
+    top = replace(
+        top,
+        log_probs=top.log_probs - excess[:, None],
+        label_log_probs=top.label_log_probs - np.where(top.has_label, excess, 0),
+    )
     order = np.argsort(-top.log_probs, axis=1, kind="stable")  # unused slots come last
     log_probs = np.take_along_axis(top.log_probs, order, axis=1)
     ids = np.take_along_axis(top.ids, order, axis=1)

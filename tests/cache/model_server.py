@@ -30,6 +30,7 @@ class ModelServer:
         api_key: Asked for, if there is one.
         delay: Seconds that each answer takes at least.
         failures: HTTP statuses to answer the next completions with; 0 closes the connection.
+        dies_after: Completions that are answered; all connections after them are closed. None for all.
     """
 
     model: PreTrainedModel
@@ -41,6 +42,7 @@ class ModelServer:
     api_key: str | None = None
     delay: float = 0.0
     failures: list[int] = field(default_factory=list)
+    dies_after: int | None = None
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
@@ -120,6 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
             state._at_once += 1
             state.most_at_once = max(state.most_at_once, state._at_once)
             failure = state.failures.pop(0) if state.failures else None
+            if state.dies_after is not None and len(state.requests) > state.dies_after:
+                failure = 0
         time.sleep(state.delay)
         status, answer = (failure, _error("not now")) if failure is not None else state.complete(body)
         with state._lock:

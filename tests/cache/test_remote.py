@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from hf_distill.cache import CacheReader, Manifest, build_cache
 from hf_distill.cache.encoding import Columns
 from hf_distill.cache.registry import make_encoding
 from hf_distill.cache.remote import RemoteSource, RemoteTeacher, check_raw, parse_prompt_logprobs
@@ -117,12 +119,14 @@ def rows(count: int = 6) -> list[Row]:
 
 
 def remote(server: ModelServer, **settings) -> RemoteTeacher:
-    return RemoteTeacher(server.url, server.name, **({"wait": 0.01} | settings))
+    return RemoteTeacher(server.url, **({"model": server.name, "vocab_size": VOCABULARY, "wait": 0.01} | settings))
 
 
-def source(server: ModelServer, k: int = 20, temperatures: tuple[float, ...] = (1.0,), **settings) -> RemoteSource:
+def source(
+    server: ModelServer, k: int = 20, temperatures: tuple[float, ...] = (1.0,), longest: int = 13, **settings
+) -> RemoteSource:
     encoding = make_encoding("topk", vocab_size=VOCABULARY, k=k, temperatures=temperatures)
-    return RemoteSource(remote(server, **settings), encoding)
+    return RemoteSource(remote(server, **settings), encoding, longest)
 
 
 @torch.no_grad()
@@ -206,21 +210,20 @@ def test_more_tokens_than_the_server_gives_are_refused_before_the_first_row() ->
         source(server, k=21)
 
 
-def test_a_row_that_is_too_long_is_refused_by_name() -> None:
-    row = rows()[2]
-    with ModelServer(model(), max_model_len=len(row.ids)).serving() as server:
-        teacher = source(server)
-        asked = len(server.requests)
-        with pytest.raises(ValueError, match=f"{row.key.hex()} has .*`--max-model-len {len(row.ids) + 1}`"):
-            teacher.columns([row])
-        assert len(server.requests) == asked
-        server.max_model_len += 1
-        assert len(source(server).columns([row])["ids"]) == row.kept.sum()
+def test_a_row_that_is_too_long_is_refused_before_the_first_one_is_asked_for() -> None:
+    with ModelServer(model(), max_model_len=13).serving() as server:
+        with pytest.raises(ValueError, match=r"longest row has 13 tokens, .* reads 12 .*`--max-model-len 14`"):
+            source(server)
+        assert not server.requests
+        server.max_model_len = 14
+        longest = max(rows(), key=lambda row: len(row.ids))
+        assert len(longest.ids) == 13
+        assert len(source(server).columns([longest])["ids"]) == longest.kept.sum()
 
 
 def test_a_model_that_is_not_served_is_refused() -> None:
     with ModelServer(model()).serving() as server, pytest.raises(ValueError, match=r"'tinny'.*serves \['tiny'\]"):
-        RemoteSource(RemoteTeacher(server.url, "tinny"), make_encoding("topk", vocab_size=VOCABULARY))
+        source(server, model="tinny")
 
 
 def test_a_key_is_taken_from_the_argument_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,8 +246,77 @@ def test_a_server_without_prompt_logprobs_is_refused() -> None:
 
 
 def test_other_temperatures_and_encodings_are_refused_with_the_reason() -> None:
-    teacher = RemoteTeacher("http://127.0.0.1:1/v1", "tiny")
+    teacher = RemoteTeacher("http://127.0.0.1:1/v1", "tiny", VOCABULARY)
     with pytest.raises(ValueError, match=r"holds \[2\.0\].*sum over the whole vocabulary"):
-        RemoteSource(teacher, make_encoding("topk", vocab_size=VOCABULARY, temperatures=(1.0, 2.0)))
+        RemoteSource(teacher, make_encoding("topk", vocab_size=VOCABULARY, temperatures=(1.0, 2.0)), 13)
     with pytest.raises(ValueError, match=r"'dense'.*encoding='topk'"):
-        RemoteSource(teacher, make_encoding("dense", vocab_size=VOCABULARY))
+        RemoteSource(teacher, make_encoding("dense", vocab_size=VOCABULARY), 13)
+
+
+def build(teacher: RemoteTeacher | PreTrainedModel, out: Path, **settings) -> Manifest:
+    return build_cache(teacher, tiny.tokenized_dataset(12), out, k=20, show_progress=False, **settings)
+
+
+def test_a_cache_of_a_server_is_that_of_its_model_but_for_rounding(tmp_path: Path) -> None:
+    with ModelServer(model()).serving() as server:
+        manifest = build(remote(server), tmp_path / "remote")
+    build(model(), tmp_path / "local")
+    assert manifest.identity.source == "server"
+    assert manifest.teacher.name == "tiny"
+    ours, theirs = CacheReader(tmp_path / "remote"), CacheReader(tmp_path / "local")
+    assert ours.manifest.identity.dataset == theirs.manifest.identity.dataset
+    for row in theirs.rows():
+        one, other = ours.targets([row]), theirs.targets([row])
+        same = (one.ids == other.ids).all(1)
+        assert same.float().mean() > 0.9
+        # A step of 8 bits over some 5 nats.
+        assert (one.log_probs - other.log_probs)[same].abs().max() < 0.03
+        assert torch.allclose(one.label_log_probs, other.label_log_probs, atol=1e-2)
+
+
+def test_a_build_goes_on_where_the_server_died(tmp_path: Path) -> None:
+    settings = {"shard_tokens": 20}
+    with ModelServer(model()).serving() as server:
+        build(remote(server), tmp_path / "whole", **settings)
+        teacher = remote(server, attempts=2)
+        server.dies_after = len(server.requests) + 6
+        with pytest.raises(ConnectionError, match="run the same command again"):
+            build(teacher, tmp_path / "cache", **settings)
+        written = [path.name for path in (tmp_path / "cache").glob("*.kd")]
+        assert written
+        with pytest.raises(ValueError, match="not whole"):
+            CacheReader(tmp_path / "cache")
+        server.dies_after, asked = None, len(server.requests)
+        build(teacher, tmp_path / "cache", **settings)
+        assert len(server.requests) - asked < 12
+    whole, cache = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cache")
+    )
+    assert whole == cache
+
+
+def test_a_whole_cache_does_not_need_the_server(tmp_path: Path) -> None:
+    with ModelServer(model()).serving() as server:
+        manifest = build(remote(server), tmp_path / "cache")
+    assert build(remote(server, attempts=1), tmp_path / "cache") == manifest
+
+
+def test_a_server_of_another_model_is_refused_in_the_same_folder(tmp_path: Path) -> None:
+    with ModelServer(model()).serving() as server:
+        build(remote(server), tmp_path / "cache")
+        server.name = "other"
+        with pytest.raises(ValueError, match=r"teacher\.name: 'tiny' and not 'other'"):
+            build(remote(server), tmp_path / "cache")
+
+
+def test_nothing_is_written_where_the_server_refuses(tmp_path: Path) -> None:
+    with ModelServer(model(), max_logprobs=5).serving() as server, pytest.raises(ValueError, match="max-logprobs 20"):
+        build(remote(server), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_address_alone_is_refused_with_what_to_write() -> None:
+    with pytest.raises(ValueError, match=r"RemoteTeacher\('http://127"):
+        build("http://127.0.0.1:8000/v1", Path("never"))
+    with pytest.raises(ValueError, match="runs elsewhere"):
+        build(RemoteTeacher("http://127.0.0.1:8000", "tiny", 320), Path("never"), quantization="nf4")
