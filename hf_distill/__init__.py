@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from hf_distill.cache import RemoteTeacher
     from hf_distill.evaluation import RetentionReport, evaluate_retention
     from hf_distill.objectives import AttentionObjective, HiddenStateObjective, LogitObjective, RelationObjective
     from hf_distill.teachers import CachedTeacher, ModelTeacher, load_teacher
@@ -32,6 +33,7 @@ __all__ = [
     "LogitObjective",
     "ModelTeacher",
     "RelationObjective",
+    "RemoteTeacher",
     "RetentionReport",
     "evaluate_retention",
     "load_teacher",
@@ -51,6 +53,7 @@ _MODULES = {
     "LogitObjective": "hf_distill.objectives",
     "ModelTeacher": "hf_distill.teachers",
     "RelationObjective": "hf_distill.objectives",
+    "RemoteTeacher": "hf_distill.cache",
     "RetentionReport": "hf_distill.evaluation",
     "evaluate_retention": "hf_distill.evaluation",
     "load_teacher": "hf_distill.teachers",

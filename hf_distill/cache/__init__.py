@@ -3,6 +3,7 @@
 from hf_distill.cache.build import build_cache
 from hf_distill.cache.manifest import Manifest
 from hf_distill.cache.reader import CacheReader
+from hf_distill.cache.remote import RemoteTeacher
 
 
-__all__ = ["CacheReader", "Manifest", "build_cache"]
+__all__ = ["CacheReader", "Manifest", "RemoteTeacher", "build_cache"]

@@ -23,17 +23,17 @@ class TeacherIdentity:
         name: Hub name or folder; None when it has none.
         revision: Commit of the Hub; None when it is not known.
         quantization: "nf4", "int8" and so on; None for none.
-        architecture: Class of the model.
+        architecture: Class of the model; None when it is not known.
         vocab_size: Columns of its logits.
         num_layers: Depth; None when it is not known.
         hidden_size: Width of its last hidden states; None when it is not known.
-        weights: Digest of its weights, see `weights_digest`; None for a server.
+        weights: Digest of its weights, see `weights_digest`; None where they were not here.
     """
 
     name: str | None
     revision: str | None
     quantization: str | None
-    architecture: str
+    architecture: str | None
     vocab_size: int
     num_layers: int | None = None
     hidden_size: int | None = None
@@ -60,6 +60,9 @@ class Identity:
         shard_tokens: Kept tokens of a shard, about.
         batch_tokens: Tokens of a batch of the teacher, padding included.
         compression: Of the arrays of shards.
+        source: "teacher" that was run here, "server" that was asked, or "distillkit" for files of that project. The
+            last two gave the most likely tokens only: entropies are those of these and the rest together, which is
+            less than the teacher's.
         format_version: Of the files.
     """
 
@@ -70,6 +73,7 @@ class Identity:
     shard_tokens: int
     batch_tokens: int
     compression: str | None = None
+    source: str = "teacher"
     format_version: int = FORMAT_VERSION
 
     @property

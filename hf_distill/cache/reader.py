@@ -82,9 +82,12 @@ class CacheReader:
 
     def rows(self) -> Iterator[Row]:
         """All rows, in the order in which they were written."""
-        for shard in range(len(self.manifest.shards)):
-            for number in range(self._index.starts[shard + 1] - self._index.starts[shard]):
-                yield self._opened(shard).row(number)
+        return map(self.row, range(len(self)))
+
+    def row(self, number: int) -> Row:
+        """A row by its number in the order in which they were written."""
+        shard, place = self._index.locate(np.int64(number))
+        return self._opened(int(shard)).row(int(place))
 
     def find(self, rows: Sequence[Row]) -> np.ndarray:
         """The numbers of rows, by their ids alone, `[N]` int64; -1 where one is not in the cache."""

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hf_distill.cache.encoding import Arrays
+from hf_distill.functional.registry import unknown_name
 
 
 MAGIC = b"hfdcache"
@@ -124,6 +125,16 @@ def write_shard(path: Path, arrays: Arrays, facts: Mapping[str, Any], compressio
             file.write(bytes(-file.tell() % ALIGNMENT))
             file.write(block)
     return ShardEntry(path.name, facts["rows"], facts["tokens"], path.stat().st_size, digest)
+
+
+def check_compression(compression: str | None) -> None:
+    """Check the name of a compression.
+
+    Raises:
+        ValueError: It is unknown.
+    """
+    if compression is not None and compression not in COMPRESSIONS:
+        raise unknown_name("compression", compression, COMPRESSIONS)
 
 
 def _codec(compression: str) -> Any:

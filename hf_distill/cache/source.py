@@ -47,17 +47,17 @@ class LocalSource:
 
     def columns(self, rows: Sequence[Row]) -> Columns:
         """See `Source`. Rows are padded to the longest, which changes their numbers by no more than rounding."""
-        output = self._run(rows)
+        output = self.run(rows)
         labels = torch.from_numpy(np.concatenate([row.labels for row in rows]).astype(np.int64))
         uniforms = torch.from_numpy(np.concatenate([uniforms_of(row) for row in rows]))
         return self._encoding.observe(output, labels, uniforms if self._encoding.samples else None)
 
     def shared_tensors(self, row: Row) -> dict[str, Tensor]:
         """See `Source`."""
-        return self._encoding.shared_tensors(self._run([row]))
+        return self._encoding.shared_tensors(self.run([row]))
 
-    def _run(self, rows: Sequence[Row]) -> Projection:
-        """The teacher's output at the kept positions."""
+    def run(self, rows: Sequence[Row]) -> Projection:
+        """The teacher's output at the kept positions of rows, row after row."""
         longest = max(len(row.ids) for row in rows)
         ids, mask = (
             torch.zeros(len(rows), longest, dtype=torch.int64),
