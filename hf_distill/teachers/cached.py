@@ -44,7 +44,7 @@ ROW_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
 class CachedTeacher(Teacher):
     """A cache of soft labels, read from disk row by row: no weights of the teacher are in memory.
 
-    The sequences of a batch are found by their token ids, whatever the order, the batches, the padding and the packing.
+    The sequences of a batch are found by their token ids, whatever the order, the batches, padding and packing.
     Positions without a label are not read, and hold anything.
 
     Args:
@@ -153,8 +153,8 @@ class CachedTeacher(Teacher):
     def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> None:
         """See `Teacher.check_vocabulary`; digests are compared, since the teacher's tokenizer is not in the cache.
 
-        A pad token that was added to the student's is accepted. Another chat template gives a warning: the rows that it
-        makes may not be in the cache.
+        A pad token that was added to the student's is accepted. Another chat template gives a warning: the rows that
+        it makes may not be in the cache.
         """
         theirs, where = self._manifest.tokenizer, f"the cache {self._reader.path} of {self.name}"
         if tokenizer is None or theirs.vocabulary is None:
@@ -164,14 +164,14 @@ class CachedTeacher(Teacher):
         unpadded = {token: number for token, number in vocabulary.items() if token != tokenizer.pad_token}
         if theirs.vocabulary not in (vocabulary_digest(vocabulary), vocabulary_digest(unpadded)):
             raise ValueError(
-                f"The student's tokenizer ({tokenizer.name_or_path}) has another vocabulary than the one of {where}, so "
-                "its ids are other tokens: use a student of the teacher's family, or build the cache again if tokens "
+                f"The student's tokenizer ({tokenizer.name_or_path}) has another vocabulary than the one of {where}, "
+                "so its ids are other tokens: use a student of the teacher's family, or build the cache again if tokens "
                 "were added since."
             )
         if theirs.chat_template != tokenizer_identity(tokenizer).chat_template:
             warnings.warn(
-                f"The student's tokenizer ({tokenizer.name_or_path}) has another chat template than the one of {where}; "
-                "rows that it makes differently are not found.",
+                f"The student's tokenizer ({tokenizer.name_or_path}) has another chat template than the one of "
+                f"{where}; rows that it makes differently are not found.",
                 stacklevel=2,
             )
 
