@@ -40,7 +40,7 @@ class RowIndex:
         place = np.minimum(np.searchsorted(self._sorted, wanted), len(self) - 1)
         return np.where(self._sorted[place] == wanted, self._order[place], -1)
 
-    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, numbers: np.ndarray | np.integer) -> tuple[np.ndarray, np.ndarray]:
         """The shard of each row, and its number there."""
         shards = np.searchsorted(self.starts, numbers, side="right") - 1
         return np.asarray(shards), numbers - self.starts[shards]

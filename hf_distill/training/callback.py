@@ -21,7 +21,7 @@ from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
 from hf_distill.signals import AttentionStates, Projection, Signal, StudentSignals, Targets, identity
 from hf_distill.taps import tap_head_input, tap_layers
 from hf_distill.teachers import Teacher
-from hf_distill.training.checks import check_needs, check_parallelism, check_teacher_type
+from hf_distill.training.checks import check_parallelism, check_teacher_type
 from hf_distill.training.gradient_shares import measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
@@ -89,8 +89,8 @@ class DistillationCallback(TrainerCallback):
         check_weight("objective_lr_multiplier", objective_lr_multiplier)
         if isinstance(trainer, ObjectiveParametersMixin):
             raise ValueError(
-                f"`trainer` is a {type(trainer).__name__}, which has a teacher already; pass it `objectives=[...]` or "
-                "remove the callback that it has: `trainer.remove_callback(DistillationCallback)`."
+                f"`trainer` is a {type(trainer).__name__}, which has a teacher already; pass `objectives=[...]` to "
+                "it, or remove the callback that it has: `trainer.remove_callback(DistillationCallback)`."
             )
         check_parallelism(trainer)
         self.trainer = trainer
@@ -99,7 +99,7 @@ class DistillationCallback(TrainerCallback):
         self.reads_heads = any(Signal.LOGITS in term.needs for term in self.objectives)
         tokenizer = trainer.processing_class
         self.teacher = build_teacher(teacher_model, trainer.model, tokenizer, compares_logits=self.reads_heads)
-        check_needs(self.objectives, self.teacher)
+        self.teacher.check_objectives(self.objectives)
         self.features = FeatureTerms(self.objectives)
         monitors = (*STUDENT_MONITORS, *TEACHER_MONITORS) if self.logits else ()
         terms = [f"{term.divergence}_loss" for term in self.logits] + [
@@ -113,6 +113,7 @@ class DistillationCallback(TrainerCallback):
         try:
             if self.features.weights:
                 trainer._set_up_features(shape_of(trainer.model, "student"), self.teacher.shape())
+                self.teacher.check_layers(self.features.teacher_layers)
             self.teacher.prepare(trainer.accelerator)
         except Exception:
             self.detach()  # a trainer whose callback failed is the trainer that it was
