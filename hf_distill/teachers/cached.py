@@ -164,8 +164,8 @@ class CachedTeacher(Teacher):
         unpadded = {token: number for token, number in vocabulary.items() if token != tokenizer.pad_token}
         if theirs.vocabulary not in (vocabulary_digest(vocabulary), vocabulary_digest(unpadded)):
             raise ValueError(
-                f"The student's tokenizer ({tokenizer.name_or_path}) has another vocabulary than the one of {where}, "
-                "so its ids are other tokens: use a student of the teacher's family, or build the cache again if tokens "
+                f"The student's tokenizer ({tokenizer.name_or_path}) has another vocabulary than the one of {where}: "
+                "its ids are other tokens. Use a student of the teacher's family, or build the cache again if tokens "
                 "were added since."
             )
         if theirs.chat_template != tokenizer_identity(tokenizer).chat_template:
