@@ -53,13 +53,27 @@ def inputs(setting: Setting) -> Inputs:
     return hidden.requires_grad_(), head, labels, teacher_hidden, teacher_head
 
 
-def naive(hidden: Tensor, head: LMHead, labels: Tensor, teacher_hidden: Tensor, teacher_head: LMHead) -> Tensor:
+def full_logits(hidden: Tensor, head: LMHead, teacher_hidden: Tensor, teacher_head: LMHead) -> tuple[Tensor, Tensor]:
+    """Of the student and of the teacher, in fp32."""
     with torch.no_grad():
         teacher = teacher_head(teacher_hidden).float()
-    student = head(hidden).float()
+    return head(hidden).float(), teacher
+
+
+def naive(hidden: Tensor, head: LMHead, labels: Tensor, teacher_hidden: Tensor, teacher_head: LMHead) -> Tensor:
+    student, teacher = full_logits(hidden, head, teacher_hidden, teacher_head)
     log_q, log_p = (F.log_softmax(z / TEMPERATURE, -1) for z in (student, teacher))
     kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     return 0.5 * F.cross_entropy(student, labels) + 0.5 * TEMPERATURE**2 * kl[labels != -100].mean()
+
+
+def modelopt(hidden, head, labels, teacher_hidden, teacher_head) -> Tensor:
+    """ModelOpt's loss on logits (it scales by T^2 itself) beside PyTorch's cross-entropy."""
+    from modelopt.torch.distill.losses import LogitsDistillationLoss
+
+    student, teacher = full_logits(hidden, head, teacher_hidden, teacher_head)
+    divergence = LogitsDistillationLoss(TEMPERATURE, reduction="none")(student, teacher)
+    return 0.5 * F.cross_entropy(student, labels) + 0.5 * divergence[labels != -100].mean()
 
 
 def ours(student: Callable[[LMHead], Any] = lambda head: head, **arguments: Any) -> Loss:
@@ -100,6 +114,7 @@ def liger(compiled: bool) -> Loss:
 CASES: dict[str, Loss] = {
     "naive full logits": naive,
     "checkpointed chunks (any head)": ours(student=lambda head: head.__call__),
+    "ModelOpt, full logits": modelopt,
     "TRL, CE and divergence kernels": trl,
     "Liger, eager": liger(compiled=False),
     "Liger, compiled": liger(compiled=True),
@@ -107,7 +122,7 @@ CASES: dict[str, Loss] = {
     "hf_distill + JSD": ours(terms={"ce": 0.5, "forward_kl": 0.25, "jsd": 0.25}),
     "hf_distill + all metrics": ours(metrics=METRICS),
 }
-NEEDS = {"TRL": "trl", "Liger": "liger_kernel"}
+NEEDS = {"ModelOpt": "modelopt", "TRL": "trl", "Liger": "liger_kernel"}
 
 
 def available() -> list[str]:
