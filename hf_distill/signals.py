@@ -90,12 +90,6 @@ class Projection:
         """Keep the rows `index` ([N], int64) of the flattened `hidden`."""
         return replace(self, hidden=rows_of(self.hidden, index))
 
-    def spread(self, index: Tensor, size: int) -> Projection:
-        """Put the rows of `hidden` `[M, H]` at the positions `index` ([M], int64) of `size`; the others are zeros."""
-        return replace(
-            self, hidden=self.hidden.new_zeros(size, self.hidden.shape[1]).index_copy_(0, index, self.hidden)
-        )
-
 
 def identity(logits: Tensor) -> Tensor:
     """The head of a model whose output is logits already."""

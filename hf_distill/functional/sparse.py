@@ -117,10 +117,6 @@ class SparseLogits:
             index = index.to(self.ids.device)
         return self._map(lambda values: values[index])
 
-    def spread(self, index: Tensor, size: int) -> SparseLogits:
-        """Put the tokens at the positions `index` ([M], int64) of `size`; the others hold zeros."""
-        return self._map(lambda values: values.new_zeros(size, *values.shape[1:]).index_copy_(0, index, values))
-
     def to(self, like: Tensor) -> SparseLogits:
         """The same on the device of a floating tensor, numbers that are not integers in its dtype."""
         return self._map(lambda values: values.to(like.device, like.dtype if values.is_floating_point() else None))

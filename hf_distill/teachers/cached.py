@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.cache.identity import tokenizer_identity, vocabulary_digest
 from hf_distill.cache.reader import CacheReader
 from hf_distill.cache.rows import Row
-from hf_distill.functional import LMHead
+from hf_distill.functional.head import LMHead
 from hf_distill.functional.recipe import resolve_recipe
 from hf_distill.functional.sparse import SparseLogits, check_targets
 from hf_distill.objectives import FeatureObjective, LogitObjective, Objective
@@ -32,19 +31,13 @@ from hf_distill.signals import (
     sequences,
 )
 from hf_distill.teachers.base import Teacher
-from hf_distill.teachers.inputs import READ
 from hf_distill.teachers.model import public_name
-from hf_distill.teachers.vocabulary import check_vocabularies
-
-
-# What of a batch says which tokens belong to which sequence, and which are trained.
-ROW_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
 class CachedTeacher(Teacher):
     """A cache of soft labels, read from disk row by row: no weights of the teacher are in memory.
 
-    The sequences of a batch are found by their token ids, whatever the order, the batches, padding and packing.
+    The sequences of a batch are found by their token ids, whatever their order, batches, padding and packing.
     Positions without a label are not read, and hold anything.
 
     Args:
@@ -64,178 +57,145 @@ class CachedTeacher(Teacher):
 
     def __init__(self, path: str | Path) -> None:
         self._reader = CacheReader(path)
+        self._head: LMHead | None = None
         self._manifest = self._reader.manifest
-        self._teacher = self._manifest.teacher
-        self._heads: dict[torch.device, LMHead] = {}
         self.provides = self._reader.encoding.provides
-        self.name = self._teacher.name
-        self.vocab_size = self._teacher.vocab_size
+        self.name = self._manifest.teacher.name
+        self.vocab_size = self._manifest.teacher.vocab_size
 
     def config_for_card(self) -> dict[str, Any]:
-        """The teacher's name, commit, architecture and quantisation, and how its distributions were kept."""
-        teacher, options = self._teacher, dict(self._manifest.encoding)
-        name, size = options.pop("name"), self._manifest.bytes / max(self._manifest.tokens, 1)
-        settings = [f"{key}={value}" for key, value in options.items() if key not in ("vocab_size", "temperatures")]
+        """The teacher that was run, and what of it was kept."""
+        teacher, encoding = self._manifest.teacher, self._manifest.encoding
+        temperatures = ", ".join(f"{temperature:g}" for temperature in encoding["temperatures"])
+        size = f"{self._manifest.bytes / self._manifest.tokens:.1f} bytes a token"
         facts = {
             "name": public_name(teacher.name),
-            "revision": teacher.revision,
             "architecture": teacher.architecture,
             "quantization": teacher.quantization,
-            "soft_labels": f"from a cache: {', '.join([name, *settings])}; {size:.1f} bytes per token",
+            "soft_labels": f"read from a cache: {encoding['name']}, T = {temperatures}, {size}",
         }
         return {key: value for key, value in facts.items() if value is not None}
 
-    def shape(self) -> ModelShape:
-        """Depth and width of the model that the cache was made of."""
-        teacher = self._teacher
-        if teacher.num_layers is None or teacher.hidden_size is None:
-            raise ValueError(
-                f"The cache {self._reader.path} does not say how deep and wide its teacher ({self.name}) is; build it "
-                "from a local teacher, or compare logits alone."
-            )
-        return ModelShape(
-            name=f"teacher ({teacher.architecture})",
-            num_layers=teacher.num_layers,
-            hidden_size=teacher.hidden_size,
-            vocab_size=teacher.vocab_size,
-            is_causal=True,
-        )
-
     def remedy(self, missing: Collection[Signal]) -> str:
-        """What to do about signals that the cache does not hold; the end of a message."""
+        """See `Teacher.remedy`."""
         if set(missing) == {Signal.HIDDEN_STATES}:
-            return "build the cache with `encoding='hidden'`, which keeps the hidden states of the last layer"
-        return "no encoding of a cache keeps them: use a `ModelTeacher`"
+            return "build the cache with `encoding='hidden'`, which keeps the last layer's, or use a ModelTeacher"
+        return super().remedy(missing)
 
     def check_objectives(self, objectives: Iterable[Objective]) -> None:
-        """See `Teacher.check_objectives`; a divergence or a temperature may need more than was kept, too."""
+        """Also checks that what was kept is enough for every divergence, at every temperature.
+
+        Raises:
+            ValueError: It is not; see `check_targets`.
+        """
         objectives = list(objectives)
         super().check_objectives(objectives)
+        kept = self._reader.targets([])
         for objective in objectives:
-            if isinstance(objective, LogitObjective):
-                self._check_divergence(objective)
-            elif isinstance(objective, FeatureObjective) and objective.positions == "real":
+            if isinstance(objective, FeatureObjective) and objective.positions != "labelled":
                 raise ValueError(
-                    f"`objectives`: {type(objective).__name__} compares all real tokens, and a cache holds those that "
-                    "predict a label; use `positions='labelled'`."
+                    f"`objectives`: {type(objective).__name__} compares all {objective.positions} tokens, and a cache "
+                    "holds the labelled ones; set `positions='labelled'`, or use a ModelTeacher."
                 )
-
-    def _check_divergence(self, objective: LogitObjective) -> None:
-        """Ask the rules of the loss, with targets of no tokens, for every temperature of the run."""
-        targets = self._reader.targets([])
-        if not isinstance(targets, SparseLogits):
-            return
-        temperatures = sorted(set(objective.scheduled["temperature"].values()))
-        known = f"The cache {self._reader.path} ({self._reader.encoding.name}) is read at {targets.temperatures}"
-        if len(temperatures) > 1:
-            raise ValueError(
-                f"`temperature` goes from {temperatures[0]:g} to {temperatures[-1]:g} in small steps. {known} only; "
-                "keep it at one of them, or build the cache with `encoding='hidden'`."
-            )
-        terms = {objective.divergence: (1.0, objective.divergence_kwargs)}
-        try:
-            check_targets(targets, resolve_recipe(terms, temperatures[0], ()))
-        except ValueError as error:
-            raise ValueError(
-                f"`objectives`: {objective.divergence} at temperature {temperatures[0]:g} cannot be computed from "
-                f"this teacher. {known}. {error}"
-            ) from None
+            if isinstance(objective, LogitObjective) and isinstance(kept, SparseLogits):
+                for temperature in objective.scheduled["temperature"].values():
+                    term = {objective.divergence: (1.0, objective.divergence_kwargs)}
+                    check_targets(kept, resolve_recipe(term, temperature, ()))
 
     def check_layers(self, layers: Layers) -> None:
-        """See `Teacher.check_layers`: the last layer alone was kept."""
-        if others := sorted(layers.hidden - {self._teacher.num_layers}):
+        """Checks that only the last layer is asked for.
+
+        Raises:
+            ValueError: Another one is.
+        """
+        depth = self._manifest.teacher.num_layers
+        if others := sorted(layers.hidden - {depth}):
             raise ValueError(
-                f"`layer_mapping` asks for the hidden states of the teacher's layers {others}, and the cache "
-                f"{self._reader.path} holds those of its last layer, {self._teacher.num_layers}, alone; map to that "
-                "one, e.g. `layer_mapping='last_k'` with `num_pairs=1`, or use a ModelTeacher."
+                f"`objectives` compare the teacher's layers {others}, and the cache {self._reader.path} holds the "
+                f"hidden states of the last one, {depth}; set `layer_mapping` to the pair of last layers, or use a "
+                "ModelTeacher."
             )
 
     def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> None:
-        """See `Teacher.check_vocabulary`; digests are compared, since the teacher's tokenizer is not in the cache.
+        """Compares digests: the cache does not hold the tokenizer. A pad token may have been added to the student's.
 
-        A pad token that was added to the student's is accepted. Another chat template gives a warning: the rows that
-        it makes may not be in the cache.
+        Raises:
+            ValueError: The vocabularies differ.
         """
-        theirs, where = self._manifest.tokenizer, f"the cache {self._reader.path} of {self.name}"
-        if tokenizer is None or theirs.vocabulary is None:
-            check_vocabularies(tokenizer, None, vocab_size, self._teacher.vocab_size)
+        known = self._manifest.tokenizer
+        if tokenizer is None or known.vocabulary is None:
             return
         vocabulary = tokenizer.get_vocab()
         unpadded = {token: number for token, number in vocabulary.items() if token != tokenizer.pad_token}
-        if theirs.vocabulary not in (vocabulary_digest(vocabulary), vocabulary_digest(unpadded)):
+        if known.vocabulary not in (vocabulary_digest(vocabulary), vocabulary_digest(unpadded)):
             raise ValueError(
-                f"The student's tokenizer ({tokenizer.name_or_path}) has another vocabulary than the one of {where}: "
-                "its ids are other tokens. Use a student of the teacher's family, or build the cache again if tokens "
-                "were added since."
+                f"The cache {self._reader.path} was built with another tokenizer than the student's: the vocabularies "
+                "differ, so its ids are other tokens. Build it again with `build_cache(..., tokenizer=...)`, or use a "
+                "student of the teacher's family."
             )
-        if theirs.chat_template != tokenizer_identity(tokenizer).chat_template:
+        if known.chat_template not in (None, tokenizer_identity(tokenizer).chat_template):
             warnings.warn(
-                f"The student's tokenizer ({tokenizer.name_or_path}) has another chat template than the one of "
-                f"{where}; rows that it makes differently are not found.",
+                f"The student's chat template is not the one that the cache {self._reader.path} was built with. Rows "
+                "that it makes otherwise are not in the cache, and will be refused.",
                 stacklevel=2,
             )
 
+    def shape(self) -> ModelShape:
+        """Depth and width of the teacher that was run; see `Teacher.shape`."""
+        teacher = self._manifest.teacher
+        if Signal.HIDDEN_STATES not in self.provides or teacher.num_layers is None or teacher.hidden_size is None:
+            return super().shape()
+        name = f"teacher ({teacher.architecture}, cached)"
+        return ModelShape(name, teacher.num_layers, teacher.hidden_size, vocab_size=teacher.vocab_size, is_causal=True)
+
     def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: Layers) -> TeacherSignals:
-        if not needs:
-            return TeacherSignals()
-        self.check_layers(layers)
-        ids = batch["input_ids"]
-        rows, positions = labelled_rows(batch)
-        stored = self._reader.targets(rows).spread(positions, ids.numel())
-        if isinstance(stored, SparseLogits):
-            return TeacherSignals(stored.to(torch.empty(0, device=ids.device)))
-        states = stored.hidden.to(ids.device).view(*ids.shape, -1)
-        logits = Projection(states, self._head_on(ids.device, stored.head)) if Signal.LOGITS in needs else None
-        return TeacherSignals(logits, dict.fromkeys(layers.hidden, states))
+        rows, index = _rows_of(batch)
+        kept = self._reader.targets(rows)
+        device = batch["input_ids"].device
+        # Every position takes the number of its token, those without a label that of any.
+        place = torch.zeros(batch["input_ids"].numel(), dtype=torch.int64)
+        place[index] = torch.arange(len(index))
+        everywhere = kept.at(place if len(index) else place[:0])
+        if isinstance(everywhere, SparseLogits):
+            return TeacherSignals(everywhere.to(torch.empty(0, device=device)))
+        hidden = everywhere.hidden.to(device)
+        logits = Projection(hidden, self._head_on(device, everywhere)) if Signal.LOGITS in needs else None
+        return TeacherSignals(logits, dict.fromkeys(layers.hidden, hidden))
 
-    def _head_on(self, device: torch.device, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """The teacher's head, brought to a device once."""
-        if not isinstance(head, LMHead):
-            return head
-        if device not in self._heads:
-            bias = None if head.bias is None else head.bias.to(device)
-            self._heads[device] = replace(head, weight=head.weight.to(device), bias=bias)
-        return self._heads[device]
+    def _head_on(self, device: torch.device, output: Projection) -> Any:
+        """The teacher's head, moved once."""
+        if not isinstance(output.head, LMHead):
+            return output.head
+        if self._head is None or self._head.weight.device != device:
+            bias = None if output.head.bias is None else output.head.bias.to(device)
+            self._head = replace(output.head, weight=output.head.weight.to(device), bias=bias)
+        return self._head
 
 
-def labelled_rows(batch: Mapping[str, Any]) -> tuple[list[Row], Tensor]:
-    """The sequences of a batch that have labels.
-
-    Args:
-        batch: `input_ids` `[B, S]`; `attention_mask` or `position_ids` say where sequences are, as in
-            `signals.sequences`. Without `labels` every token that is followed by one of its sequence counts.
-
-    Returns:
-        The sequences, whose `kept` positions are those with a label at the next token, and where these positions are
-        in the flattened batch, `[M]` int64.
-
-    Raises:
-        ValueError: Something other than token ids is read, or a label has no token of its sequence before it.
-    """
-    if others := sorted(key for key in READ if key in batch and key not in ROW_KEYS):
+def _rows_of(batch: Mapping[str, Any]) -> tuple[list[Row], Tensor]:
+    """The sequences of a batch that have labels, and the flattened positions whose next token is a label."""
+    ids = batch["input_ids"].cpu()
+    facts = {key: batch[key].cpu() for key in ("attention_mask", "position_ids") if batch.get(key) is not None}
+    facts["input_ids"] = ids
+    real = real_tokens(facts).to(torch.bool)
+    numbers = sequences(facts, real).flatten()
+    if batch.get("labels") is None:
+        raise ValueError("A cached teacher reads the positions that have a label, and the batch has no `labels`.")
+    index = Targets.from_labels(batch["labels"].cpu(), shift=True).index
+    wanted = torch.zeros(ids.numel(), dtype=torch.bool)
+    wanted[index] = True
+    if not real.flatten()[index].all():
         raise ValueError(
-            f"The batch holds {others}, and rows of a cache are found by their token ids alone; train with a "
-            "ModelTeacher."
+            "A label follows padding: the first token of a row that is padded on the left has one, and no teacher was "
+            'asked for it. Set `tokenizer.padding_side = "right"`, or that label to -100.'
         )
-    batch = {key: batch[key].cpu() for key in ROW_KEYS if batch.get(key) is not None}
-    real = real_tokens(batch).to(torch.bool)
-    where = real.flatten().nonzero().squeeze(1)
-    number = sequences(batch, real).flatten()[where]
-    # Of the real tokens, those that the next one in the batch belongs to the same sequence as.
-    followed = torch.zeros(real.numel(), dtype=torch.bool)
-    followed[where[:-1]] = (where.diff() == 1) & (number.diff() == 0)
-    labelled = followed
-    if "labels" in batch:
-        labelled = torch.zeros_like(followed)
-        labelled[Targets.from_labels(batch["labels"], shift=True).index] = True
-        if (lost := (labelled & ~followed).nonzero()).numel():
-            row, column = divmod(int(lost[0]), real.shape[1])
+    flat, rows = ids.flatten(), []
+    for number in numbers[index].unique():
+        own = (numbers == number) & real.flatten()
+        if wanted[own][-1]:
             raise ValueError(
-                f"`labels` has {int(batch['labels'][row, column + 1])} at position {column + 1} of row {row} of the "
-                "batch, which is the first token of a sequence: a cache holds what follows a token, and nothing comes "
-                "before this one. Pad on the right (`tokenizer.padding_side = 'right'`), or set the label to -100."
+                "A label follows the last token of a sequence: it belongs to the next document of a packed row, and "
+                "no teacher was asked for it. Set it to -100, as TRL's collator does with `padding_free=True`."
             )
-    ids, marks = batch["input_ids"].flatten()[where].numpy().astype(np.int32), labelled[where].numpy()
-    bounds = [0, *(np.flatnonzero(np.diff(number.numpy())) + 1), len(ids)]
-    rows = [Row(ids[start:stop], marks[start : stop - 1]) for start, stop in pairwise(bounds)]
-    return [row for row in rows if row.kept.any()], labelled.nonzero().squeeze(1)
+        rows.append(Row(flat[own].numpy().astype(np.int32), wanted[own][:-1].numpy()))
+    return rows, index
