@@ -2,118 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from datasets import Dataset
+from accelerate import Accelerator
+from torch import Tensor
 
-from hf_distill.cache.distillkit import LegacyFormat, PolynomialFormat, format_of
+from hf_distill.cache.build import write_cache
+from hf_distill.cache.distillkit_rows import DistillKitFiles
+from hf_distill.cache.encoding import Columns
+from hf_distill.cache.identity import tokenizer_identity
+from hf_distill.cache.manifest import Identity, Manifest, TeacherIdentity
+from hf_distill.cache.plan import plan_rows
 from hf_distill.cache.rows import Row
-from hf_distill.cache.top_tokens import TopTokens
+from hf_distill.cache.shard import check_compression
+from hf_distill.cache.sparse import TopK
+from hf_distill.cache.top_tokens import NO_REST, TopTokens, join, topk_columns
 
 
-CONFIG_FILE = "compression_config.yaml"
+# Rows that are looked at before anything is written.
+CHECKED_ROWS = 64
+BATCH_TOKENS = 4096
+# What fp32 adds to a mass.
+ROUNDING = 1e-5
 
 
-class DistillKitFiles:
-    """Rows of a folder that DistillKit wrote, and their distributions.
+@dataclass(frozen=True)
+class Imported:
+    """What `import_distillkit` did.
 
-    Distribution i of a row is that of token i + 1. DistillKit appends a pad token to a text, so that its last token
-    has one, too; nobody trains on that token, and it would hide the row from who looks for the text: it is dropped.
-    Documents of a packed row, which its `attention_mask` numbers, become rows of their own.
+    Args:
+        manifest: Of the cache.
+        tokens: Read by this call; a call that went on where another had stopped reads what was missing.
+        heavy_tokens: Of these, whose ids had more than all of the probability, and were scaled down to 1.
+        heaviest: The most that the ids of a token had.
+        unknown_labels: Of these, whose label was not among the ids: the log-probability that is kept for it is
+            that of any one token if all beyond the ids were equally likely.
+    """
+
+    manifest: Manifest
+    tokens: int
+    heavy_tokens: int
+    heaviest: float
+    unknown_labels: int
+
+
+def import_distillkit(
+    path: str | Path,
+    out: str | Path,
+    *,
+    config: str | Path | Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    teacher: str | None = None,
+    max_mass: float = 1.01,
+    bits: int = 8,
+    shard_tokens: int = 2**20,
+    compression: str | None = None,
+    show_progress: bool = True,
+) -> Imported:
+    """Make a cache, `topk` at temperature 1, of one that DistillKit wrote.
+
+    The values are as good as those that are stored there. They are not always log-probabilities: the configuration
+    that DistillKit's README recommends fits a polynomial in fp32 in which the fourth powers of ranks drown everything
+    else, and its ids then add up to more than all of the probability; in the legacy format values may also be logits.
+    Such tokens are counted, and refused beyond `max_mass`.
 
     Args:
         path: The folder of its parquet files.
+        out: The folder of the cache.
         config: Its compression config, or a YAML file of it; the `compression_config.yaml` in the folder if None.
-        pad_token_id: The token to drop from the end of rows; None for none.
+        tokenizer: The one that the files were made with. Its pad token, which DistillKit appends to rows, is dropped
+            from their ends unless it is the end-of-text token, too, which may belong to the text.
+        teacher: Name of the model that gave the distributions; the files do not say it.
+        max_mass: What the ids of a token may add up to. Tokens between 1 and this are scaled down to 1, and leave
+            nothing to all other tokens; `math.inf` scales them all.
+        bits: Of a log-probability in the cache.
+        shard_tokens: Tokens of a shard.
+        compression: "zstd" for smaller files that are read into memory, or None for files that are mapped.
+        show_progress: Whether to show it.
 
     Raises:
-        ValueError: There are no files, no config, or one that does not fit the files.
+        ValueError: The files are none of DistillKit's, or not of this config, or hold what are no log-probabilities;
+            or `out` holds something else.
+    """
+    check_compression(compression)
+    files = DistillKitFiles(path, config, _appended_pad(tokenizer))
+    form = files.format
+    encoding = TopK(vocab_size=form.vocab_size, k=form.k, bits=bits)
+    sample = np.linspace(0, len(files) - 1, min(CHECKED_ROWS, len(files)), dtype=int).tolist()
+    DistillKitSource(files, max_mass).columns([files.row(number) for number in sample])
+    source = DistillKitSource(files, max_mass)
+    plan = plan_rows(files, shard_tokens, BATCH_TOKENS)
+    identity = Identity(
+        TeacherIdentity(teacher, None, None, None, form.vocab_size),
+        tokenizer_identity(tokenizer),
+        plan.fingerprint,
+        encoding.config(),
+        shard_tokens,
+        BATCH_TOKENS,
+        compression,
+        "distillkit",
+    )
+    manifest = write_cache(
+        Path(out), identity, plan, encoding, lambda: source, Accelerator(), show_progress=show_progress
+    )
+    return Imported(manifest, source.tokens, source.heavy_tokens, source.heaviest, source.unknown_labels)
+
+
+class DistillKitSource:
+    """Gives the columns of `topk` from DistillKit's files, and counts what is wrong in them.
+
+    Args:
+        files: The files.
+        max_mass: See `import_distillkit`.
     """
 
-    def __init__(
-        self, path: str | Path, config: str | Path | Mapping[str, Any] | None = None, pad_token_id: int | None = None
-    ) -> None:
-        folder = Path(path)
-        files = sorted(str(file) for file in folder.rglob("*.parquet"))
-        if not files:
-            raise ValueError(f"There are no parquet files in {str(path)!r}; expected a folder that DistillKit wrote.")
-        self.format: PolynomialFormat | LegacyFormat = format_of(_read_config(folder, config))
-        self._data = Dataset.from_parquet(files).with_format("arrow")
-        if missing := sorted({"input_ids", *self.format.widths} - set(self._data.column_names)):
+    def __init__(self, files: DistillKitFiles, max_mass: float) -> None:
+        self._files = files
+        self._max_mass = max_mass
+        self.tokens = self.heavy_tokens = self.unknown_labels = 0
+        self.heaviest = 0.0
+
+    def columns(self, rows: Sequence[Row]) -> Columns:
+        """See `Source`.
+
+        Raises:
+            ValueError: Values are no log-probabilities.
+        """
+        top, form = join([self._files.top_tokens(row) for row in rows]), self._files.format
+        self._check(top)
+        rest = np.maximum(1 - top.mass, NO_REST) / max(form.vocab_size - form.k, 1)
+        unknown = np.isnan(top.label_log_probs)
+        top = replace(top, label_log_probs=np.where(unknown, np.log(rest), top.label_log_probs))
+        self.tokens += len(top.labels)
+        self.heavy_tokens += int((top.mass > 1 + ROUNDING).sum())
+        self.heaviest = max(self.heaviest, float(top.mass.max()))
+        self.unknown_labels += int(unknown.sum())
+        return topk_columns(top, form.vocab_size)
+
+    def shared_tensors(self, row: Row) -> dict[str, Tensor]:
+        """See `Source`."""
+        return {}
+
+    def _check(self, top: TopTokens) -> None:
+        mass, vocab_size = top.mass, self._files.format.vocab_size
+        unused = top.log_probs == -np.inf  # these hold any id
+        ids = np.sort(np.where(unused, -1 - np.arange(top.ids.shape[1]), top.ids), axis=1)
+        if ids.max() >= vocab_size or (np.diff(ids, axis=1) == 0).any():
             raise ValueError(
-                f"The files in {str(path)!r} have the columns {sorted(self._data.column_names)} and lack {missing}, "
-                f"which a {type(self.format).__name__} has; is it another compression config?"
+                f"The files hold ids of a token that are not below {vocab_size}, or the same one twice; the config is "
+                "not the one that they were written with."
             )
-        self._pad_token_id = pad_token_id
-        # Where a row's distributions are: the example, and the position in it.
-        self._places: dict[bytes, tuple[int, int]] = {}
-        self.rows = list(self._find_rows())
-
-    def top_tokens(self, row: Row) -> TopTokens:
-        """The distributions of a row; the log-probabilities of labels beyond the ids are nan."""
-        example, start = self._places[row.key]
-        table = self._data[example : example + 1]
-        part = slice(start, start + len(row.ids) - 1)
-        arrays = {name: _matrix(table.column(name))[part] for name in self.format.widths}
-        ids, log_probs = self.format.decode(arrays)
-        labels: np.ndarray = row.ids[1:].astype(np.int64)
-        is_label = ids == labels[:, None]
-        found = np.where(is_label, log_probs, 0).sum(1)
-        return TopTokens(ids, log_probs, labels, np.where(is_label.any(1), found, np.nan))
-
-    def _find_rows(self) -> Iterator[Row]:
-        """All rows, each once."""
-        counted = next(iter(self.format.widths))
-        masked = "attention_mask" in self._data.column_names
-        for example in range(len(self._data)):
-            table = self._data[example : example + 1]
-            ids = _items(table.column("input_ids")).to_numpy().astype(np.int32)
-            count = len(_items(table.column(counted)))
-            if count not in {len(ids) - 1, len(ids)}:
-                raise ValueError(
-                    f"Row {example} has {len(ids)} tokens and {count} distributions; expected as many, or one less."
-                )
-            numbers = _items(table.column("attention_mask")).to_numpy() if masked else np.ones(len(ids), dtype=int)
-            for start, stop in _documents(numbers):
-                # With a distribution for its last token the row was packed, which cuts the pad token off.
-                if count < len(ids) and ids[stop - 1] == self._pad_token_id:
-                    stop -= 1
-                row = Row(ids[start:stop], np.ones(max(stop - start - 1, 0), dtype=bool))
-                if len(row.kept) and row.key not in self._places:
-                    self._places[row.key] = (example, start)
-                    yield row
+        wrong = ~(mass <= self._max_mass) | np.isinf(mass)  # also nan
+        if wrong.any():
+            raise ValueError(
+                f"Of {len(mass)} tokens, {wrong.sum()} have ids that add up to more than `max_mass`="
+                f"{self._max_mass:g} of the probability, the worst to {mass.max():.4g}. Either these are logits, or "
+                "DistillKit's fit failed, as it does with its recommended config (powers up to 4 without "
+                "`normalize_t`): what it stored is then far from the teacher. Make the files again with "
+                "`normalize_t: true`, or give `max_mass=math.inf` to scale them down to 1."
+            )
 
 
-def _read_config(folder: Path, config: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    if isinstance(config, Mapping):
-        return config
-    file = folder / CONFIG_FILE if config is None else Path(config)
-    if not file.is_file():
-        raise ValueError(
-            f"There is no {str(file)!r}; give `config`, the compression config that the files were written with: for "
-            "public data its card says it, and files of the legacy format never hold it."
-        )
-    return yaml.safe_load(file.read_text())
-
-
-def _documents(numbers: np.ndarray) -> Sequence[tuple[int, int]]:
-    """Where each document of a packed row begins and ends; those numbered 0 are padding."""
-    bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist()
-    return [(start, stop) for start, stop in pairwise(bounds) if numbers[start]]
-
-
-def _items(column: Any) -> Any:
-    """What is in the list of a column of one row, as an Arrow array."""
-    return column.combine_chunks().flatten()
-
-
-def _matrix(column: Any) -> np.ndarray:
-    """The lists in the list of a column of one row, all of one length, `[S, width]`."""
-    lists = _items(column)
-    values = lists.flatten().to_numpy(zero_copy_only=False)
-    return values.reshape(len(lists), len(values) // max(len(lists), 1))
+def _appended_pad(tokenizer: Any) -> int | None:
+    """The token that DistillKit appends, where it can be told from the end of a text."""
+    if tokenizer is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        return None
+    return tokenizer.pad_token_id

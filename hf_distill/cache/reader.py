@@ -86,7 +86,7 @@ class CacheReader:
 
     def row(self, number: int) -> Row:
         """A row by its number in the order in which they were written."""
-        shard, place = self._index.locate(np.int64(number))
+        shard, place = self._index.locate(np.array(number))
         return self._opened(int(shard)).row(int(place))
 
     def find(self, rows: Sequence[Row]) -> np.ndarray:

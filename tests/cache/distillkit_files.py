@@ -10,6 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import torch
 import yaml
+from transformers import PreTrainedModel
+
+from tests import tiny
 
 
 POLYNOMIAL = {
@@ -25,6 +28,8 @@ POLYNOMIAL = {
     "normalize_t": True,
 }
 LEGACY = {"vocab_size": 320, "k": 24, "exact_k": 8, "polynomial_degree": 3, "invert_polynomial": True}
+PAD = 0
+EXACT = POLYNOMIAL | {"exact_k": 24, "exact_dtype": "float64", "polynomial_terms": None}
 NUMPY = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
 
 
@@ -116,3 +121,30 @@ def write(folder: Path, rows: list[dict], config: dict[str, Any] | None, rows_a_
     if config is not None:
         (folder / "compression_config.yaml").write_text(yaml.safe_dump(config))
     return folder
+
+
+def teacher() -> PreTrainedModel:
+    """One whose distributions differ from token to token."""
+    return tiny.model(initializer_range=0.3)
+
+
+def texts(count: int = 7) -> list[list[int]]:
+    return [example["input_ids"] for example in tiny.tokenized_dataset(count)]
+
+
+@torch.no_grad()
+def captured(ids: list[int], model: torch.nn.Module) -> torch.Tensor:
+    """What DistillKit captures: the log-probabilities of each token but the first of a prompt."""
+    return model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+
+
+def polynomial_files(folder: Path, config: dict = EXACT, **changes) -> Path:
+    model = teacher()
+    rows = [polynomial_row([*ids, PAD], captured([*ids, PAD], model), config) for ids in texts()]
+    return write(folder, rows, config)
+
+
+def legacy_files(folder: Path) -> Path:
+    model = teacher()
+    rows = [legacy_row([*ids, PAD], captured([*ids, PAD], model), LEGACY) for ids in texts()]
+    return write(folder, rows, LEGACY)

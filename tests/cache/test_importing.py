@@ -1,131 +1,131 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-from hf_distill.cache.importing import DistillKitFiles
-from tests import tiny
+from hf_distill.cache import CacheReader, import_distillkit
+from hf_distill.cache.identity import tokenizer_identity
 from tests.cache import distillkit_files as files
+from tests.cache.distillkit_files import EXACT, PAD, captured, legacy_files, polynomial_files, teacher, texts
 
 
-PAD = 0
-EXACT = files.POLYNOMIAL | {"exact_k": 24, "exact_dtype": "float64", "polynomial_terms": None}
+QUIET = {"show_progress": False}
 
 
-@pytest.fixture(autouse=True)
-def _own_cache_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+class Tokenizer:
+    """What of a tokenizer is asked for."""
+
+    pad_token_id, eos_token_id, chat_template = PAD, 1, None
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": 0, "b": 1}
 
 
-def teacher() -> PreTrainedModel:
-    """One whose distributions differ from token to token."""
-    return tiny.model(initializer_range=0.3)
-
-
-def texts(count: int = 7) -> list[list[int]]:
-    return [example["input_ids"] for example in tiny.tokenized_dataset(count)]
-
-
-@torch.no_grad()
-def captured(ids: list[int], model: torch.nn.Module) -> torch.Tensor:
-    """What DistillKit captures: the log-probabilities of each token but the first of a prompt."""
-    return model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-
-
-def polynomial_files(folder: Path, config: dict = EXACT, **changes) -> Path:
-    model = teacher()
-    rows = [files.polynomial_row([*ids, PAD], captured([*ids, PAD], model), config) for ids in texts()]
-    return files.write(folder, rows, config)
-
-
-def legacy_files(folder: Path) -> Path:
-    model = teacher()
-    rows = [files.legacy_row([*ids, PAD], captured([*ids, PAD], model), files.LEGACY) for ids in texts()]
-    return files.write(folder, rows, files.LEGACY)
-
-
-@pytest.mark.parametrize(("write", "tolerance"), [(polynomial_files, 1e-4), (legacy_files, 0.5)])
-def test_distributions_stand_at_the_tokens_before_their_labels(
-    tmp_path: Path, write: Callable[[Path], Path], tolerance: float
-) -> None:
-    source = DistillKitFiles(write(tmp_path / "kit"), pad_token_id=PAD)
-    assert [row.ids.tolist() for row in source.rows] == texts()
-    model, hits = teacher(), 0
-    for row in reversed(source.rows):
-        expected = captured(row.ids.tolist(), model)
-        top = source.top_tokens(row)
-        assert top.ids.tolist() == expected.topk(24).indices.tolist()
-        assert np.abs(top.log_probs - expected.topk(24).values.numpy()).max() < tolerance
-        labels = expected.gather(1, torch.from_numpy(row.labels).long()[:, None])[:, 0].numpy()
-        assert (top.labels == row.labels).all()
-        assert (np.abs(top.label_log_probs - labels)[top.has_label] < tolerance).all()
-        assert np.isnan(top.label_log_probs[~top.has_label]).all()
-        hits += top.has_label.sum()
-    assert hits > 2
-
-
-def test_a_pad_token_is_kept_where_nobody_says_what_it_is(tmp_path: Path) -> None:
-    source = DistillKitFiles(polynomial_files(tmp_path / "kit"))
-    assert [row.ids.tolist() for row in source.rows] == [[*ids, PAD] for ids in texts()]
-
-
-def test_the_documents_of_a_packed_row_are_rows(tmp_path: Path) -> None:
-    """DistillKit packs rows without their pad token; each token has a distribution, the last one has no label."""
-    model, documents = teacher(), texts(3)
-    packed = files.polynomial_row(
-        [token for ids in documents for token in ids],
-        torch.cat([captured([*ids, PAD], model) for ids in documents]),
-        EXACT,
+@pytest.mark.parametrize(("write", "tolerance"), [(polynomial_files, 0.05), (legacy_files, 0.5)])
+def test_a_cache_gives_what_the_files_say(tmp_path: Path, write, tolerance: float) -> None:
+    done = import_distillkit(
+        write(tmp_path / "kit"),
+        tmp_path / "out",
+        tokenizer=Tokenizer(),
+        teacher="org/teacher",
+        shard_tokens=20,
+        **QUIET,
     )
-    lengths = [len(ids) for ids in documents]
-    packed["attention_mask"] = [number for number, length in enumerate(lengths, start=1) for _ in range(length)]
-    source = DistillKitFiles(files.write(tmp_path / "kit", [packed], EXACT), pad_token_id=PAD)
-    assert [row.ids.tolist() for row in source.rows] == documents
-    for row in source.rows:
-        expected = captured(row.ids.tolist(), model).topk(24).values.numpy()
-        assert np.abs(source.top_tokens(row).log_probs - expected).max() < 1e-4
+    reader, model = CacheReader(tmp_path / "out"), teacher()
+    assert len(done.manifest.shards) > 2
+    assert [row.ids.tolist() for row in reader.rows()] == texts()
+    unknown = 0
+    for row in reader.rows():
+        expected, targets = captured(row.ids.tolist(), model), reader.targets([row])
+        order = targets.log_probs.argsort(1, descending=True)
+        assert (targets.log_probs.gather(1, order) - expected.topk(24).values).abs().max() < tolerance
+        rest = 1 - expected.topk(24).values.exp().sum(1)
+        assert (targets.log_rests[1.0].exp() - rest).abs().max() < 0.05
+        labels = torch.from_numpy(row.labels).long()
+        known = (targets.ids == labels[:, None]).any(1)
+        exact = expected.gather(1, labels[:, None])[:, 0]
+        assert ((targets.label_log_probs - exact).abs()[known] < tolerance).all()
+        share = (rest / (320 - 24)).log()
+        assert ((targets.label_log_probs - share).abs()[~known] < 0.3).all()
+        unknown += int((~known).sum())
+    assert (done.tokens, done.unknown_labels) == (done.manifest.tokens, unknown)
+    assert 0 < unknown < done.tokens
+    assert (done.heavy_tokens, done.heaviest < 1) == (0, True)
 
 
-def test_padding_of_a_packed_row_is_no_document(tmp_path: Path) -> None:
-    ids, model = texts(1)[0], teacher()
-    packed = files.polynomial_row([*ids, PAD, PAD], captured([*ids, PAD, PAD, PAD], model), EXACT)
-    packed["attention_mask"] = [1] * len(ids) + [0, 0]
-    source = DistillKitFiles(files.write(tmp_path / "kit", [packed], EXACT))
-    assert [row.ids.tolist() for row in source.rows] == [ids]
+def test_the_manifest_says_where_it_is_from(tmp_path: Path) -> None:
+    kit = polynomial_files(tmp_path / "kit")
+    manifest = import_distillkit(kit, tmp_path / "out", tokenizer=Tokenizer(), teacher="org/teacher", **QUIET).manifest
+    assert manifest.identity.source == "distillkit"
+    assert (manifest.teacher.name, manifest.teacher.vocab_size) == ("org/teacher", 320)
+    assert manifest.tokenizer == tokenizer_identity(Tokenizer())
+    assert manifest.encoding["k"] == 24
 
 
-def test_a_row_that_is_there_twice_is_taken_once(tmp_path: Path) -> None:
-    ids = texts(1)[0]
-    row = files.polynomial_row(ids, captured([*ids, PAD], teacher()), EXACT)
-    assert len(DistillKitFiles(files.write(tmp_path / "kit", [row, row], EXACT)).rows) == 1
+def test_a_pad_token_that_ends_texts_too_is_kept(tmp_path: Path) -> None:
+    tokenizer = Tokenizer()
+    tokenizer.eos_token_id = PAD
+    import_distillkit(polynomial_files(tmp_path / "kit"), tmp_path / "out", tokenizer=tokenizer, **QUIET)
+    assert [row.ids.tolist() for row in CacheReader(tmp_path / "out").rows()] == [[*ids, PAD] for ids in texts()]
 
 
-def test_a_row_with_other_many_distributions_is_refused(tmp_path: Path) -> None:
-    ids = texts(1)[0]
-    row = files.polynomial_row(ids, captured(ids[:-1], teacher()), EXACT)
-    with pytest.raises(ValueError, match="Row 0 has 6 tokens and 4 distributions"):
-        DistillKitFiles(files.write(tmp_path / "kit", [row], EXACT))
+def heavy_files(folder: Path, excess: float, heavy_rows: int = 1) -> Path:
+    """Files in which all tokens of some rows have more than all of the probability."""
+    model, rows = teacher(), []
+    for number, ids in enumerate(texts()):
+        log_probs = captured([*ids, PAD], model)
+        if number < heavy_rows:
+            log_probs = log_probs - log_probs.topk(24).values.logsumexp(1, keepdim=True) + math.log(excess)
+        rows.append(files.polynomial_row([*ids, PAD], log_probs, EXACT))
+    return files.write(folder, rows, EXACT)
 
 
-def test_files_without_a_configuration_need_one(tmp_path: Path) -> None:
-    folder = legacy_files(tmp_path / "kit")
-    (folder / "compression_config.yaml").rename(tmp_path / "moved.yaml")
-    with pytest.raises(ValueError, match="give `config`"):
-        DistillKitFiles(folder)
-    for config in (tmp_path / "moved.yaml", files.LEGACY):
-        assert DistillKitFiles(folder, config, PAD).rows[0].ids.tolist() == texts()[0]
+def test_rounding_above_all_probability_is_counted_and_taken_away(tmp_path: Path) -> None:
+    done = import_distillkit(heavy_files(tmp_path / "kit", 1.005), tmp_path / "out", tokenizer=Tokenizer(), **QUIET)
+    heavy = len(texts()[0]) - 1
+    assert (done.heavy_tokens, done.heaviest) == (heavy, pytest.approx(1.005))
+    reader = CacheReader(tmp_path / "out")
+    targets = reader.targets([reader.row(0)])
+    assert torch.allclose(targets.log_probs.exp().sum(1), torch.ones(heavy), atol=1e-5)
 
 
-def test_a_configuration_of_the_other_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lack .*compressed_logprobs.*PolynomialFormat"):
-        DistillKitFiles(legacy_files(tmp_path / "kit"), EXACT)
+def test_more_than_all_probability_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    kit = heavy_files(tmp_path / "kit", 1.5)
+    with pytest.raises(
+        ValueError, match=r"Of 59 tokens, 5 have ids that .* the worst to 1\.5\. Either these are logits"
+    ):
+        import_distillkit(kit, tmp_path / "out", tokenizer=Tokenizer(), **QUIET)
+    assert not (tmp_path / "out").exists()
+    done = import_distillkit(kit, tmp_path / "out", tokenizer=Tokenizer(), max_mass=math.inf, **QUIET)
+    assert (done.heavy_tokens, done.heaviest) == (5, pytest.approx(1.5))
 
 
-def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no parquet files"):
-        DistillKitFiles(tmp_path)
+def test_values_that_are_no_numbers_are_refused_at_any_limit(tmp_path: Path) -> None:
+    config = EXACT | {"exact_dtype": "float32"}
+    row = files.polynomial_row(texts()[0], captured([*texts()[0], PAD], teacher()), config)
+    for value in (np.nan, np.inf):
+        broken = np.array(row["compressed_logprobs"], dtype=np.uint8)
+        broken[0, :4] = np.array([value], dtype=np.float32).view(np.uint8)
+        kit = files.write(tmp_path / f"{value}", [row | {"compressed_logprobs": broken.tolist()}], config)
+        with pytest.raises(ValueError, match="1 have ids that"):
+            import_distillkit(kit, tmp_path / "out", max_mass=math.inf, **QUIET)
+
+
+def test_ids_beyond_the_vocabulary_or_twice_mean_another_configuration(tmp_path: Path) -> None:
+    row = files.polynomial_row(texts()[0], captured([*texts()[0], PAD], teacher()), EXACT)
+    for number, ids in enumerate(([*range(23), 320], [*range(23), 22])):
+        packed = files.pack_bits(np.array([ids] * len(row["bytepacked_indices"])), 9).tolist()
+        kit = files.write(tmp_path / f"{number}", [row | {"bytepacked_indices": packed}], EXACT)
+        with pytest.raises(ValueError, match="not below 320, or the same one twice"):
+            import_distillkit(kit, tmp_path / "out", **QUIET)
+
+
+def test_an_import_that_was_done_is_not_done_again(tmp_path: Path) -> None:
+    kit = polynomial_files(tmp_path / "kit")
+    done = import_distillkit(kit, tmp_path / "out", **QUIET)
+    again = import_distillkit(kit, tmp_path / "out", **QUIET)
+    assert (again.manifest, again.tokens) == (done.manifest, 0)
