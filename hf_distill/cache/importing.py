@@ -163,7 +163,7 @@ class DistillKitSource:
                 f"{self._max_mass:g} of the probability, the worst to {mass.max():.4g}. Either these are logits, or "
                 "DistillKit's fit failed, as it does with its recommended config (powers up to 4 without "
                 "`normalize_t`): what it stored is then far from the teacher. Make the files again with "
-                "`normalize_t: true`, or give `max_mass=math.inf` to scale them down to 1."
+                "`normalize_t: true`, or give `max_mass=math.inf` (`--max-mass inf`) to scale them down to 1."
             )
 
 

@@ -40,14 +40,14 @@ class WorstToken:
     Args:
         row: The key of its row, hexadecimal.
         position: The token after which the distribution is.
-        kl: Of it, at T = 1; for sampled encodings the error of the label's log-probability.
+        error: Its KL at T = 1; for sampled encodings the error of its label's log-probability.
         label: The token that followed.
         text: The last tokens up to the position, and the one that followed; None without a tokenizer.
     """
 
     row: str
     position: int
-    kl: float
+    error: float
     label: int
     text: tuple[str, str] | None
 

@@ -10,16 +10,18 @@ from hf_distill.cli import cache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; a wrong argument ends in one line on stderr and the exit status 2."""
+    """Run a subcommand; a wrong argument ends in one line on stderr and the exit status 2.
+
+    A subcommand that finds what it looked for wrong gives the exit status 1.
+    """
     parser = argparse.ArgumentParser("hf-distill", description="Knowledge distillation for Trainer and TRL.")
     cache.add_to(parser.add_subparsers(required=True, metavar="COMMAND"))
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError) as error:
         print(f"hf-distill: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

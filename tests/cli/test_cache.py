@@ -8,6 +8,8 @@ from datasets import Dataset, DatasetDict
 from hf_distill.cache import CacheReader
 from hf_distill.cli.main import main
 from tests import tiny
+from tests.cache.distillkit_files import polynomial_files, texts
+from tests.cache.model_server import ModelServer
 
 
 ROWS = [{"input_ids": [5, 6, 7, 8]}, {"input_ids": [9, 10, 11]}]
@@ -60,3 +62,54 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path, teacher, dataset, message, ca
     assert message in capsys.readouterr().err
     assert main(["cache", "info", str(tmp_path / "out")]) == 2
     assert "holds no cache" in capsys.readouterr().err
+
+
+def test_build_asks_a_server_by_its_address(tmp_path, capsys):
+    arguments = ["cache", "build", "--dataset", save("saved", tmp_path), "--out", str(tmp_path / "out"), "--k", "7"]
+    with ModelServer(tiny.model("llama")).serving() as server:
+        assert main([*arguments, "--teacher", server.url, "--teacher-model", "tiny", "--vocab-size", "320"]) == 0
+    assert "a server; entropies are those of the most likely tokens" in capsys.readouterr().out
+    assert CacheReader(tmp_path / "out").manifest.teacher.name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--teacher", "http://127.0.0.1:1"], "`--teacher-model NAME`"),
+        (["--teacher", "http://127.0.0.1:1", "--teacher-model", "tiny"], "`--vocab-size N`"),
+        (["--teacher", "folder", "--teacher-model", "tiny"], "are of a server"),
+    ],
+)
+def test_what_a_server_needs_is_said(tmp_path, given, message, capsys):
+    assert main(["cache", "build", "--dataset", "never", "--out", str(tmp_path / "out"), *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_verify_tells_the_teacher_from_another_by_its_exit_status(tmp_path, teacher, capsys):
+    out, dataset = str(tmp_path / "out"), save("saved", tmp_path)
+    assert main(["cache", "build", "--teacher", teacher, "--dataset", dataset, "--out", out]) == 0
+    capsys.readouterr()
+    assert main(["cache", "verify", out, "--teacher", teacher, "--rows", "1", "--all"]) == 0
+    said = capsys.readouterr().out
+    assert "of 1 rows, digests of 1 shards" in said
+    assert "KL at T = 1" in said
+    assert "the cache is what the teacher says" in said
+    tiny.model("llama", seed=1).save_pretrained(tmp_path / "other")
+    assert main(["cache", "verify", out, "--teacher", str(tmp_path / "other")]) == 1
+    said = capsys.readouterr().out
+    assert "another teacher: weights" in said
+    assert "the cache is not what the teacher says" in said
+    shard = next((tmp_path / "out").glob("*.kd"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert main(["cache", "verify", out, "--teacher", teacher]) == 2
+    assert f"{shard.name} is damaged" in capsys.readouterr().err
+
+
+def test_import_distillkit_says_what_it_read(tmp_path, teacher, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    kit, out = str(polynomial_files(tmp_path / "kit")), tmp_path / "out"
+    assert main(["cache", "import-distillkit", kit, str(out), "--tokenizer", teacher, "--teacher", "org/a"]) == 0
+    said = capsys.readouterr().out
+    assert f"{CacheReader(out).manifest.tokens:,} tokens read; the ids of 0 had more" in said
+    assert "files of DistillKit" in said
+    assert [row.ids.tolist() for row in CacheReader(out).rows()] == texts()
