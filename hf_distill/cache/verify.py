@@ -182,6 +182,6 @@ def _worst(errors: Tensor, rows: Sequence[Row], tokenizer: Any) -> WorstToken:
 def _differences(known: TeacherIdentity, given: TeacherIdentity) -> tuple[str, ...]:
     """What of the manifest's teacher is not so of the given one; of equal weights, their name does not matter."""
     mine, theirs = asdict(known), asdict(given)
-    same_weights = known.weights is not None and known.weights == given.weights
+    same_weights = known.weights == given.weights
     names = [name for name in mine if mine[name] is not None and not (same_weights and name in ("name", "revision"))]
     return tuple(f"{name}: {mine[name]!r} and not {theirs[name]!r}" for name in names if mine[name] != theirs[name])

@@ -63,6 +63,27 @@ def test_the_documents_of_a_packed_row_are_rows(tmp_path: Path) -> None:
         assert np.abs(source.top_tokens(row).log_probs - expected).max() < 1e-4
 
 
+def test_a_pad_token_inside_of_a_packed_row_belongs_to_its_text(tmp_path: Path) -> None:
+    """Its distributions are as many as its tokens: what DistillKit had appended is gone already."""
+    ids = [*texts(1)[0], PAD]
+    packed = files.polynomial_row(ids, captured([*ids, PAD], teacher()), EXACT)
+    assert ids_of(DistillKitFiles(files.write(tmp_path / "kit", [packed], EXACT), pad_token_id=PAD)) == [ids]
+
+
+def test_a_label_in_a_slot_that_holds_nothing_is_not_known(tmp_path: Path) -> None:
+    """DistillKit leaves any id in the slots of tokens that the server did not give."""
+    ids = texts(1)[0]
+    log_probs = captured([*ids, PAD], teacher())
+    log_probs[0] = -np.inf
+    log_probs[0, :20] = np.log(1 / 20)
+    row = files.polynomial_row([*ids, PAD], log_probs, EXACT)
+    packed = files.pack_bits(np.array([[*range(20), ids[1], 311, 312, 313]]), 9).tolist()
+    row["bytepacked_indices"] = packed + row["bytepacked_indices"][1:]
+    source = DistillKitFiles(files.write(tmp_path / "kit", [row], EXACT), pad_token_id=PAD)
+    assert ids[1] >= 20
+    assert np.isnan(source.top_tokens(source.row(0)).label_log_probs[0])
+
+
 def test_padding_of_a_packed_row_is_no_document(tmp_path: Path) -> None:
     ids, model = texts(1)[0], teacher()
     packed = files.polynomial_row([*ids, PAD, PAD], captured([*ids, PAD, PAD, PAD], model), EXACT)
