@@ -163,6 +163,13 @@ def shape_of(model: nn.Module, role: str) -> ModelShape:
     )
 
 
+def learned_prompt(model: nn.Module) -> str | None:
+    """The kind of the PEFT adapter of a model, for example "PROMPT_TUNING", if it learns virtual tokens."""
+    configs = [getattr(module, "active_peft_config", None) for module in model.modules()]
+    kinds = [config.peft_type.value for config in configs if config is not None and config.is_prompt_learning]
+    return kinds[0] if kinds else None
+
+
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """Reach the Hugging Face model inside DDP, DeepSpeed, FSDP2, `torch.compile` and PEFT.
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_distill.cache.encoding import Encoding
 from hf_distill.cache.identity import identity_of, tokenizer_identity
-from hf_distill.cache.manifest import MANIFEST, Identity, Manifest, check_same, save_identity
+from hf_distill.cache.manifest import BUILDING, MANIFEST, Identity, Manifest, check_same, save_identity
 from hf_distill.cache.plan import Plan, plan_rows
 from hf_distill.cache.registry import make_encoding
 from hf_distill.cache.remote import RemoteSource, RemoteTeacher
@@ -74,7 +74,7 @@ def build_cache(
         kind, known, source = "server", given.identity(), partial(RemoteSource, given, chosen, int(plan.lengths.max()))
     else:
         given.prepare(accelerator)
-        tokenizer = tokenizer or given.tokenizer
+        tokenizer = given.tokenizer if tokenizer is None else tokenizer
         kind, known, source = "teacher", identity_of(given), partial(LocalSource, given, chosen)
     identity = Identity(
         known,
@@ -115,7 +115,9 @@ def write_cache(
         OSError: The disk is full; what was written stays.
     """
     check_same(folder, identity)
-    if not (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists():
+        (folder / BUILDING).unlink(missing_ok=True)  # of a build that was killed when it had just finished
+    else:
         writer = Writer(folder, identity, plan, encoding, source())
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from tqdm.auto import tqdm
 
@@ -65,16 +66,12 @@ class Writer:
                 self._check_room(written / tokens * (total - tokens) * ranks)
 
     def share(self) -> None:
-        """Write what the encoding stores once, where it is not there."""
-        path = self._folder / SHARED
-        if type(self._encoding).shared_tensors is Encoding.shared_tensors or path.exists():
+        """Write what the encoding stores once; again in every build, since nothing vouches for it before the end."""
+        if type(self._encoding).shared_tensors is Encoding.shared_tensors:
             return
-        from safetensors.torch import save
-
-        with written_whole(path) as file:
-            file.write(
-                save({n: t.contiguous() for n, t in self._source.shared_tensors(self._plan.rows(0)[0]).items()})
-            )
+        tensors = self._source.shared_tensors(self._plan.rows(0)[0])
+        with written_whole(self._folder / SHARED) as file:
+            file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
     def finish(self) -> Manifest:
         """Make a whole cache of the shards, all of which are there."""

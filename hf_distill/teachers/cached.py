@@ -98,9 +98,18 @@ class CachedTeacher(Teacher):
                     "holds the labelled ones; set `positions='labelled'`, or use a ModelTeacher."
                 )
             if isinstance(objective, LogitObjective) and isinstance(kept, SparseLogits):
-                for temperature in objective.scheduled["temperature"].values():
-                    term = {objective.divergence: (1.0, objective.divergence_kwargs)}
-                    check_targets(kept, resolve_recipe(term, temperature, ()))
+                self._check_divergence(objective, kept)
+
+    def _check_divergence(self, objective: LogitObjective, kept: SparseLogits) -> None:
+        temperature, *others = sorted(set(objective.scheduled["temperature"].values()))
+        if others:
+            raise ValueError(
+                f"`temperature` goes from {temperature:g} to {others[-1]:g} in small steps, and the cache "
+                f"{self._reader.path} can be read at {list(kept.temperatures)}; keep it at one of them, or build the "
+                "cache with `encoding='hidden'`, which can be read at any."
+            )
+        term = {objective.divergence: (1.0, objective.divergence_kwargs)}
+        check_targets(kept, resolve_recipe(term, temperature, ()))
 
     def check_layers(self, layers: Layers) -> None:
         """Checks that only the last layer is asked for.
@@ -180,7 +189,10 @@ def _rows_of(batch: Mapping[str, Any]) -> tuple[list[Row], Tensor]:
     real = real_tokens(facts).to(torch.bool)
     numbers = sequences(facts, real).flatten()
     if batch.get("labels") is None:
-        raise ValueError("A cached teacher reads the positions that have a label, and the batch has no `labels`.")
+        raise ValueError(
+            "A cached teacher reads the positions that have a label, and the batch has no `labels`. To measure retention "
+            "on other texts than those of the cache, give the model: `evaluate_retention(student, load_teacher(name))`."
+        )
     index = Targets.from_labels(batch["labels"].cpu(), shift=True).index
     wanted = torch.zeros(ids.numel(), dtype=torch.bool)
     wanted[index] = True

@@ -21,7 +21,7 @@ from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
 from hf_distill.signals import AttentionStates, Projection, Signal, StudentSignals, Targets, identity
 from hf_distill.taps import tap_head_input, tap_layers
 from hf_distill.teachers import Teacher
-from hf_distill.training.checks import check_parallelism, check_teacher_type
+from hf_distill.training.checks import check_parallelism, check_positions, check_teacher_type
 from hf_distill.training.gradient_shares import measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
@@ -93,6 +93,7 @@ class DistillationCallback(TrainerCallback):
                 "it, or remove the callback that it has: `trainer.remove_callback(DistillationCallback)`."
             )
         check_parallelism(trainer)
+        check_positions(trainer.model)
         self.trainer = trainer
         self.task = task_of(trainer.model)
         self.logits = [term for term in self.objectives if isinstance(term, LogitObjective)]

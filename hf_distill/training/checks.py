@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import PreTrainedModel
 
+from hf_distill.anatomy import learned_prompt
 from hf_distill.teachers import CachedTeacher, Teacher
 
 
@@ -89,6 +91,20 @@ def check_parallelism(trainer: Any) -> None:
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError("Context and sequence parallelism split the labels; use DDP, FSDP2 or ZeRO instead.")
+
+
+def check_positions(model: nn.Module) -> None:
+    """Refuse a student whose outputs do not stand at the positions of its labels.
+
+    Raises:
+        ValueError: Its adapter puts virtual tokens before the text.
+    """
+    kind = learned_prompt(model)
+    if kind not in (None, "PREFIX_TUNING"):  # a prefix adds keys to every layer, and no position
+        raise ValueError(
+            f"The student has a {kind} adapter, whose virtual tokens have no counterpart in the teacher; use "
+            "`LoraConfig`, or `PrefixTuningConfig`, which adds none to the text."
+        )
 
 
 def check_columns(dataset: Any, kept: Sequence[str], what: str) -> None:

@@ -30,7 +30,7 @@ from hf_distill.signals import (
 from hf_distill.taps import tap_last_hidden, tap_layers
 from hf_distill.teachers import Teacher, prepare_quantized_student
 from hf_distill.training.card import trainer_card, write_card
-from hf_distill.training.checks import check_columns, check_parallelism, check_teacher_argument
+from hf_distill.training.checks import check_columns, check_parallelism, check_positions, check_teacher_argument
 from hf_distill.training.gradient_shares import Losses, measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
 from hf_distill.training.parameters import ObjectiveParametersMixin
@@ -131,6 +131,7 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
     def _check_runtime(self) -> None:
         """Refuse what the base trainer allows and the distillation loss would ignore."""
         check_parallelism(self)
+        check_positions(self.model)
         if self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` would be ignored; express it as an objective in `objectives=[...]`.")
         problem = getattr(unwrap(self.model).config, "problem_type", None)

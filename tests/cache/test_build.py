@@ -133,7 +133,11 @@ def test_a_build_goes_on_without_asking_the_teacher_again(tmp_path, monkeypatch)
     (tmp_path / "cache" / "shard-00003.kd.tmp").write_bytes(b"half")
     asked = []
     write = writers.Writer._write
-    counting = lambda self, number, bar: asked.append(number) or write(self, number, bar)  # noqa: E731
+
+    def counting(self, number, bar):
+        asked.append(number)
+        return write(self, number, bar)
+
     monkeypatch.setattr(writers.Writer, "_write", counting)
     build(tmp_path / "cache")
     assert asked == [1]
@@ -153,6 +157,27 @@ def test_a_damaged_shard_of_a_stopped_build_is_written_again(tmp_path):
     with pytest.warns(UserWarning, match=r"shard-00002\.kd is damaged.*written again"):
         build(tmp_path / "cache")
     assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
+
+
+def test_a_build_that_was_killed_when_it_had_just_finished_leaves_nothing(tmp_path):
+    manifest = build(tmp_path)
+    before = files_of(tmp_path)
+    save_identity(tmp_path, manifest.identity)
+    assert build(tmp_path) == manifest
+    assert files_of(tmp_path) == before
+
+
+def test_what_is_stored_once_is_made_again_by_a_build_that_goes_on(tmp_path):
+    manifest = build(tmp_path / "cache", "hidden")
+    before = files_of(tmp_path / "cache")
+    (tmp_path / "cache" / MANIFEST).unlink()
+    save_identity(tmp_path / "cache", manifest.identity)
+    shared = tmp_path / "cache" / "shared.safetensors"
+    damaged = bytearray(shared.read_bytes())
+    damaged[-1] ^= 1
+    shared.write_bytes(damaged)
+    build(tmp_path / "cache", "hidden")
+    assert files_of(tmp_path / "cache") == before
 
 
 def test_a_whole_cache_is_given_back_without_running_the_teacher(tmp_path, monkeypatch):

@@ -128,6 +128,13 @@ def test_a_batch_without_labels_reads_nothing(cache, data):
     assert len(signals.logits.at(torch.empty(0, dtype=torch.int64))) == 0
 
 
+def test_a_batch_that_has_no_labels_at_all_is_refused(cache, data):
+    batch = padded(data[:2])
+    del batch["labels"]
+    with pytest.raises(ValueError, match=r"no `labels`.*evaluate_retention"):
+        cache("dense").signals(batch, NEEDS)
+
+
 @pytest.mark.parametrize("cut", [slice(1, None), slice(None, -1)])
 def test_a_row_that_is_not_there_is_refused_with_its_first_tokens_and_what_to_check(cache, data, cut):
     row = {"input_ids": data[3]["input_ids"][cut]}
@@ -153,7 +160,7 @@ def test_a_label_that_belongs_to_the_next_document_is_refused(cache, data):
     [
         ("topk", LogitObjective(divergence="taid"), "'taid' looks at every probability"),
         ("topk", LogitObjective(temperature=3.0), r"declares \[1\.0, 2\.0\]"),
-        ("topk", LogitObjective(temperature=linear(1.0, 2.5)), r"`temperature` is 2\.5"),
+        ("topk", LogitObjective(temperature=linear(1.0, 2.0)), "from 1 to 2 in small steps"),
         ("sampled", LogitObjective(divergence="reverse_kl"), "sampled masses only"),
         ("topk", HiddenStateObjective(), "encoding='hidden'"),
         ("hidden", HiddenStateObjective(positions="real"), "compares all real tokens"),

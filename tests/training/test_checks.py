@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
 
 from hf_distill import KDConfig, KDTrainer, LogitObjective, ModelTeacher
 from hf_distill.training.checks import check_columns, check_config, check_teacher_argument
 from tests import tiny
-from tests.training.runs import make_trainer
+from tests.training.runs import make_models, make_trainer
 
 
 def config(tmp_path, **fields):
@@ -74,3 +75,11 @@ def test_the_sft_trainer_refuses_a_column_that_preparation_would_drop(tmp_path):
     rows = tiny.prompt_completion_dataset(4).add_column("token_weights", [[1.0]] * 4)
     with pytest.raises(ValueError, match="token_weights"):
         trainer.evaluate(rows)
+
+
+@pytest.mark.parametrize("kind", ["kd", "sft-callback"])
+def test_a_student_with_virtual_tokens_among_its_own_is_refused(kind, tmp_path):
+    student, teacher = make_models()
+    adapted = get_peft_model(student, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"PROMPT_TUNING adapter.*LoraConfig"):
+        make_trainer(kind, tmp_path, models=(adapted, teacher))
