@@ -53,21 +53,23 @@ def _count(ids: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     return torch.full_like(ids, -1).scatter_(1, slot, ids).where(counts > 0, -1), counts
 
 
-def pack_counts(counts: np.ndarray) -> np.ndarray:
-    """Counts `[N, D]` that add up to D, or 0, in D bits of a token: a 1 ends the draws of each slot."""
+def pack_counts(counts: np.ndarray, draws: int) -> np.ndarray:
+    """Counts `[N, K]` that add up to `draws`, or to 0, in as many bits: a 1 is the last draw of its slot."""
     ends = np.cumsum(counts, axis=1)
-    bits: np.ndarray = np.zeros(counts.shape, dtype=np.uint8)
+    bits: np.ndarray = np.zeros((len(counts), draws), dtype=np.uint8)
     row, slot = np.nonzero(counts)
     bits[row, ends[row, slot] - 1] = 1
     return np.packbits(bits, axis=1, bitorder="little")
 
 
-def unpack_counts(packed: np.ndarray, draws: int) -> np.ndarray:
-    """What `pack_counts` packed, `[M, draws]` int32."""
+def unpack_counts(packed: np.ndarray, draws: int, drawn: np.ndarray) -> np.ndarray:
+    """What `pack_counts` packed, int32; `drawn` `[M, K]` bool says in which slots it is not 0."""
     bits = np.unpackbits(packed, axis=1, count=draws, bitorder="little")
-    row, end = np.nonzero(bits)
-    begin: np.ndarray = np.append(0, end[:-1] + 1)
-    begin[np.diff(row, prepend=-1) != 0] = 0
-    counts: np.ndarray = np.zeros(bits.shape, dtype=np.int32)
-    counts[np.arange(draws) < bits.sum(1)[:, None]] = end + 1 - begin
+    ends = np.flatnonzero(bits.view(bool))
+    sizes: np.ndarray = np.diff(ends, prepend=-1)
+    rows: np.ndarray = ends // draws
+    begins = np.flatnonzero(np.diff(rows, prepend=-1))  # the first slot of a token begins with its draws
+    sizes[begins] = ends[begins] - rows[begins] * draws + 1
+    counts: np.ndarray = np.zeros(drawn.shape, dtype=np.int32)
+    counts.reshape(-1)[np.flatnonzero(drawn)] = sizes
     return counts

@@ -108,16 +108,17 @@ class SetReader:
         full = len(ones) == ids.size
         first = np.arange(0, ids.size, self._slots) if full else np.searchsorted(ones, begin)
         counts = self._slots if full else np.diff(first, append=len(ones))
+        place = np.arange(len(ones))
         # A 1 stands behind the steps and the earlier ids of its set.
-        bucket = ones - np.arange(len(ones))
+        bucket = ones - place
         bucket -= np.repeat(begin - first, counts)
         width: np.ndarray = self._buckets.widths.take(bucket)
 
         data, begin = self._low(numbers)
         windows = np.ndarray(len(data) + 1, "<u4", np.append(data, np.zeros(4, np.uint8)), strides=(1,)).copy()
-        bits = width + np.uint32(self._payload_bits)
-        at = np.cumsum(bits, dtype=np.int64)
-        at -= bits
+        at = np.cumsum(width + np.uint32(self._payload_bits), dtype=np.int64)
+        at -= width
+        at -= self._payload_bits
         at += np.repeat(begin * 8 - np.append(at, 0)[first], counts)
         words: np.ndarray = windows.take(at >> 3)
         words >>= (at & 7).astype(np.uint32)
@@ -129,8 +130,8 @@ class SetReader:
         if full:
             ids[:], payload[:] = found.reshape(ids.shape), words.reshape(ids.shape)
         else:
-            used = np.arange(self._slots) < np.expand_dims(counts, 1)
-            ids[used], payload[used] = found, words
+            place += np.repeat(np.arange(0, ids.size, self._slots) - first, counts)
+            ids.reshape(-1)[place], payload.reshape(-1)[place] = found, words
 
 
 def _widths(counts: np.ndarray, sets: int) -> np.ndarray:

@@ -45,23 +45,22 @@ class RaggedReader:
         Returns:
             Bytes that hold all of the rows, and where in them each begins, `[M]` int64.
         """
-        if self._lengths is None or self._starts is None:
+        if self._lengths is None:
             return self._data[numbers].reshape(-1), np.arange(len(numbers)) * self._data.shape[1]
-        begin, length = self._spans(numbers)
-        if len(numbers) and (np.diff(numbers) == 1).all():
-            return self._data[begin[0] : begin[-1] + length[-1]], begin - begin[0]
-        out = np.cumsum(length) - length
-        return self._data[np.repeat(begin - out, length) + np.arange(length.sum())], out
+        lengths = self._lengths[numbers].astype(np.int64)
+        ends = np.cumsum(lengths)
+        # Tokens of a row are neighbours, and are copied as one piece.
+        first = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+        begin = self._begin(numbers[first])
+        size = np.diff(np.append(0, ends)[np.append(first, len(numbers))])
+        pieces = [self._data[start:stop] for start, stop in zip(begin, begin + size, strict=True)]
+        return np.concatenate([self._data[:0], *pieces]), ends - lengths
 
-    def _spans(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where rows begin, and their lengths."""
+    def _begin(self, numbers: np.ndarray) -> np.ndarray:
+        """Where some rows begin in all of the bytes."""
         assert self._lengths is not None
         assert self._starts is not None
         group: np.ndarray = numbers // _GROUP
-        changes = np.diff(group, prepend=-1) != 0  # tokens of a row are neighbours
-        groups, which = group[changes], np.cumsum(changes) - 1
-        members = groups[:, None] * _GROUP + np.arange(_GROUP)
-        lengths = self._lengths[np.minimum(members, len(self._lengths) - 1)].astype(np.int64)
-        before = np.cumsum(lengths, axis=1) - lengths + self._starts[groups, None]
-        inside: np.ndarray = numbers % _GROUP
-        return before[which, inside], lengths[which, inside]
+        earlier = np.arange(_GROUP) < (numbers % _GROUP)[:, None]
+        members = np.minimum(group[:, None] * _GROUP + np.arange(_GROUP), len(self._lengths) - 1)
+        return self._starts[group] + np.where(earlier, self._lengths[members], 0).sum(1, dtype=np.int64)

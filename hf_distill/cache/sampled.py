@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_distill.cache.base import LogitsEncoding, at_least
 from hf_distill.cache.draw import draw, pack_counts, unpack_counts
 from hf_distill.cache.encoding import Arrays, Columns
-from hf_distill.cache.ids import SetReader, pack_sets
+from hf_distill.cache.ids import MAX_PAYLOAD_BITS, SetReader, pack_sets
 from hf_distill.cache.observe import Block, log_masses, log_probs_of
 from hf_distill.cache.sparse import check_head, known_ids, label_log_probs, read_log_probs
 from hf_distill.cache.values import normaliser, pack_scalars, quantise, read_scalars
@@ -69,7 +71,7 @@ class Sampled(LogitsEncoding):
         """See `Encoding`."""
         arrays, order = pack_sets(columns["ids"].numpy(), self.vocab_size)
         counts = np.take_along_axis(columns["counts"].numpy(), order, 1)
-        return {**arrays, "counts": pack_counts(counts), **pack_scalars(columns)}
+        return {**arrays, "counts": pack_counts(counts, self.draws), **pack_scalars(columns)}
 
     def open(self, arrays: Arrays) -> Callable[[np.ndarray], Columns]:
         """See `Encoding`."""
@@ -77,7 +79,7 @@ class Sampled(LogitsEncoding):
 
         def read(numbers: np.ndarray) -> Columns:
             ids, _ = reader(numbers)
-            counts = unpack_counts(arrays["counts"][numbers], self.draws)
+            counts = unpack_counts(arrays["counts"][numbers], self.draws, ids >= 0)
             return {
                 "ids": torch.from_numpy(ids),
                 "counts": torch.from_numpy(counts),
@@ -115,7 +117,7 @@ class TopKTail(LogitsEncoding):
         bits: Of a log-probability.
 
     Raises:
-        ValueError: `k` is not in [1, vocab_size], `draws` is below 1, or `bits` not in [2, 10].
+        ValueError: `k` is not in [1, vocab_size], `draws` is below 1, or `bits` not in [2, 9].
     """
 
     name: ClassVar[str] = "topk_tail"
@@ -127,7 +129,7 @@ class TopKTail(LogitsEncoding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_head(self.k, self.bits, self.vocab_size)
+        check_head(self.k, self.bits, self.vocab_size, MAX_PAYLOAD_BITS - 1)
         at_least("draws", self.draws, 1)
 
     def look(self, block: Block, labels: Tensor, uniforms: Tensor | None) -> dict[str, Tensor]:
@@ -144,15 +146,14 @@ class TopKTail(LogitsEncoding):
                 proposal = spread.probs if len(self.temperatures) == 1 else spread.probs.clone()
             else:
                 proposal += spread.probs
-        tail_ids, tail_counts = draw(proposal, uniforms, self.draws)
-        tail = log_probs_of(block.logits.gather(1, tail_ids.clamp(min=0)), at_one.log_total)
+        tail, counts = draw(proposal, uniforms, self.draws)
+        values = torch.cat([values, block.logits.gather(1, tail.clamp(min=0))], 1)
         log_probs = log_probs_of(values, at_one.log_total)
+        log_probs[:, self.k :].masked_fill_(tail < 0, -math.inf)
         return {
-            "ids": known_ids(ids, log_probs),
+            "ids": known_ids(torch.cat([ids, tail], 1), log_probs),
             "log_probs": log_probs,
-            "tail_ids": tail_ids.int(),
-            "tail_log_probs": tail.masked_fill_(tail_ids < 0, -math.inf),
-            "tail_counts": tail_counts.int(),
+            "counts": F.pad(counts, (self.k, 0)).int(),
             "label_log_probs": label_log_probs(block, labels, at_one),
             "entropies": torch.stack(entropies, 1).float(),
             "log_rests": log_masses(rests),
@@ -160,74 +161,61 @@ class TopKTail(LogitsEncoding):
 
     def pack(self, columns: Columns) -> Arrays:
         """See `Encoding`."""
-        codes, steps = quantise(torch.cat([columns["log_probs"], columns["tail_log_probs"]], 1), self.bits)
-        head, _ = pack_sets(columns["ids"].numpy(), self.vocab_size, codes[:, : self.k], self.bits)
-        tail, order = pack_sets(columns["tail_ids"].numpy(), self.vocab_size, codes[:, self.k :], self.bits)
-        counts = np.take_along_axis(columns["tail_counts"].numpy(), order, 1)
-        return {
-            **{f"head.{name}": array for name, array in head.items()},
-            **{f"tail.{name}": array for name, array in tail.items()},
-            "steps": steps,
-            "counts": pack_counts(counts),
-            **pack_scalars(columns),
-        }
+        codes, steps = quantise(columns["log_probs"], self.bits)
+        counts = columns["counts"].numpy()
+        payload = codes | ((counts > 0) << np.uint16(self.bits)).astype(np.uint16)
+        arrays, order = pack_sets(columns["ids"].numpy(), self.vocab_size, payload, self.bits + 1)
+        packed = pack_counts(np.take_along_axis(counts, order, 1), self.draws)
+        return {**arrays, "steps": steps, "counts": packed, **pack_scalars(columns)}
 
     def open(self, arrays: Arrays) -> Callable[[np.ndarray], Columns]:
         """See `Encoding`."""
-        head, tail = (
-            SetReader(
-                {name.removeprefix(part): array for name, array in arrays.items() if name.startswith(part)},
-                self.vocab_size,
-                slots,
-                self.bits,
-            )
-            for part, slots in (("head.", self.k), ("tail.", self.draws))
-        )
+        reader = SetReader(arrays, self.vocab_size, self.k + self.draws, self.bits + 1)
 
         def read(numbers: np.ndarray) -> Columns:
-            steps = arrays["steps"][numbers]
-            (ids, codes), (tail_ids, tail_codes) = head(numbers), tail(numbers)
-            log_probs = read_log_probs(codes, steps, ids)
-            scalars = read_scalars(arrays, numbers)
-            level = normaliser(log_probs, scalars["log_rests"][:, 0])[:, None]
-            return {
+            ids, payload = reader(numbers)
+            counts = unpack_counts(arrays["counts"][numbers], self.draws, payload >= 1 << self.bits)
+            payload &= (1 << self.bits) - 1
+            log_probs = read_log_probs(payload, arrays["steps"][numbers], ids)
+            columns = {
                 "ids": torch.from_numpy(ids),
-                "log_probs": log_probs - level,
-                "tail_ids": torch.from_numpy(tail_ids),
-                "tail_log_probs": read_log_probs(tail_codes, steps, tail_ids) - level,
-                "tail_counts": torch.from_numpy(unpack_counts(arrays["counts"][numbers], self.draws)),
-                **scalars,
+                "log_probs": log_probs,
+                "counts": torch.from_numpy(counts),
+                **read_scalars(arrays, numbers),
             }
+            log_probs -= normaliser(_head(columns), columns["log_rests"][:, 0])[:, None]
+            return columns
 
         return read
 
     def targets(self, columns: Columns, labels: Tensor) -> SparseLogits:
         """See `Encoding`."""
-        head, tail = columns["log_probs"], columns["tail_log_probs"]
+        log_probs, counts, head = columns["log_probs"], columns["counts"], _head(columns)
         rests = dict(zip(self.temperatures, columns["log_rests"].unbind(1), strict=True))
-        normalisers = {t: normaliser(head, rests[t], t) for t in self.temperatures}
-        tails = {t: tail / t - normalisers[t][:, None] for t in self.temperatures}
+        normalisers = {t: normaliser(head, rests[t], t) for t in self.temperatures[1:]}
+        scaled = {1.0: log_probs} | {t: log_probs / t - level[:, None] for t, level in normalisers.items()}
+        # A draw stands for p at T = 1 over what it was drawn in proportion to.
+        drawn_from, of_all = reduce(torch.logaddexp, scaled.values()), reduce(torch.logaddexp, rests.values())
+        drawn = counts * (log_probs - drawn_from + of_all[:, None]).exp_() / self.draws
         return SparseLogits(
-            ids=torch.cat([columns["ids"], columns["tail_ids"]], 1).long(),
-            log_probs=torch.cat([head, tail], 1),
-            masses=torch.cat([head.exp(), self._tail_masses(columns["tail_counts"], tails, rests)], 1),
-            log_normalisers={t: values for t, values in normalisers.items() if t != 1.0},
+            ids=columns["ids"].long(),
+            log_probs=log_probs,
+            masses=torch.where(counts > 0, drawn, head.exp()),
+            log_normalisers=normalisers,
             entropies=dict(zip(self.temperatures, columns["entropies"].unbind(1), strict=True)),
             labels=labels,
             label_log_probs=columns["label_log_probs"],
             vocab_size=self.vocab_size,
-            log_rests={t: _beyond(tails[t], rests[t]) for t in self.temperatures},
+            log_rests={t: _beyond(scaled[t].where(counts > 0, -math.inf), rests[t]) for t in self.temperatures},
         )
 
-    def _tail_masses(self, counts: Tensor, tails: Mapping[float, Tensor], rests: Mapping[float, Tensor]) -> Tensor:
-        """How much of p at T = 1 the draws stand for: counts over what they were drawn in proportion to."""
-        drawn_from = torch.stack(list(tails.values())).logsumexp(0)
-        of_all = torch.stack(list(rests.values())).logsumexp(0)
-        weights = (tails[1.0] - drawn_from + of_all[:, None]).exp() / self.draws
-        return torch.where(counts > 0, counts * weights, 0.0)
+
+def _head(columns: Columns) -> Tensor:
+    """The log-probabilities of the exact head, -inf in all other slots."""
+    return columns["log_probs"].masked_fill(columns["counts"] > 0, -math.inf)
 
 
 def _beyond(tail: Tensor, log_rest: Tensor) -> Tensor:
     """The logarithm of the mass that is left of a rest, `[n]`, beside tokens that were drawn from it, `[n, M]`."""
-    share = (tail.logsumexp(1) - log_rest).exp()
+    share = (tail - log_rest[:, None]).exp_().sum(1)
     return log_rest + (1 - share).clamp(min=_LEAST_SHARE).log()

@@ -37,7 +37,7 @@ class TopK(LogitsEncoding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_head(self.k, self.bits, self.vocab_size)
+        check_head(self.k, self.bits, self.vocab_size, MAX_PAYLOAD_BITS)
 
     def look(self, block: Block, labels: Tensor, uniforms: Tensor | None) -> dict[str, Tensor]:
         """See `LogitsEncoding`."""
@@ -91,14 +91,14 @@ class TopK(LogitsEncoding):
         )
 
 
-def check_head(k: int, bits: int, vocab_size: int) -> None:
+def check_head(k: int, bits: int, vocab_size: int, most_bits: int) -> None:
     """Check the options of an exact head.
 
     Raises:
-        ValueError: `k` is not in [1, vocab_size], or `bits` not in [2, 10].
+        ValueError: `k` is not in [1, vocab_size], or `bits` not in [2, most_bits].
     """
     at_least("k", k, 1, vocab_size, f", the size of the vocabulary being {vocab_size}")
-    at_least("bits", bits, 2, MAX_PAYLOAD_BITS)
+    at_least("bits", bits, 2, most_bits)
 
 
 def known_ids(ids: Tensor, log_probs: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ def test_nothing_is_drawn_where_there_is_no_weight():
 def test_counts_come_back_from_as_many_bits_as_there_are_draws(draws):
     _, counts = draw(some_weights(), torch.rand(30, dtype=torch.float64), draws)
     counts = torch.cat([counts, torch.zeros(1, draws, dtype=torch.int64), counts]).numpy()
-    packed = pack_counts(counts)
-    assert packed.shape == (61, -(-draws // 8))
-    np.testing.assert_array_equal(unpack_counts(packed, draws), counts)
-    assert unpack_counts(packed[:0], draws).shape == (0, draws)
+    spread = np.insert(counts, [0, 1], 0, axis=1)  # slots that were not drawn stand between those that were
+    for slots in (counts, spread):
+        packed = pack_counts(slots, draws)
+        assert packed.shape == (61, -(-draws // 8))
+        np.testing.assert_array_equal(unpack_counts(packed, draws, slots > 0), slots)
+        assert unpack_counts(packed[:0], draws, slots[:0] > 0).shape == (0, slots.shape[1])

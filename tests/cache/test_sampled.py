@@ -21,8 +21,8 @@ from tests.cache.encodings import (
 
 ENCODINGS = {
     "sampled": ("sampled", {"draws": 20}, (1.0,)),
-    "tail": ("topk_tail", {"k": 5, "draws": 6, "bits": 10}, (1.0,)),
-    "tail at some temperatures": ("topk_tail", {"k": 5, "draws": 6, "bits": 10}, TEMPERATURES),
+    "tail": ("topk_tail", {"k": 5, "draws": 6, "bits": 9}, (1.0,)),
+    "tail at some temperatures": ("topk_tail", {"k": 5, "draws": 6, "bits": 9}, TEMPERATURES),
 }
 CASES = [(*case, temperature) for case in ENCODINGS.values() for temperature in case[2]]
 
@@ -70,17 +70,14 @@ def test_counts_are_within_one_of_their_mean():
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_the_head_is_exact_and_apart_from_the_tail(temperature):
     output = teacher(100)
-    targets = stored("topk_tail", output, temperatures=TEMPERATURES, k=7, draws=9, bits=10)
+    targets = stored("topk_tail", output, temperatures=TEMPERATURES, k=7, draws=9, bits=9)
     exact = log_probs_at(output, temperature)
     top = log_probs_at(output).topk(7).indices
-    assert torch.equal(targets.ids[:, :7].sort(1).values, top.sort(1).values)
-    known = targets.known
-    tail = torch.where(known, targets.ids, -1)[:, 7:]
-    assert not (tail[:, :, None] == top[:, None]).any()
+    known, head = targets.known, (targets.ids[:, :, None] == top[:, None]).any(2)
+    assert (head.sum(1) == 7).all()
     inside = exact.gather(1, targets.ids.clamp(min=0))
-    assert torch.allclose(targets.log_probs_at(temperature).double()[known], inside[known], atol=0.03)
-    assert torch.allclose(targets.masses_at(temperature)[:, :7].double(), inside[:, :7].exp(), rtol=0.03)
-    assert torch.allclose(targets.masses.sum(1)[:5], torch.ones(5), atol=0.6)
+    assert torch.allclose(targets.log_probs_at(temperature).double()[known], inside[known], atol=0.05)
+    assert torch.allclose(targets.masses_at(temperature).double()[head], inside[head].exp(), rtol=0.05)
     entropy = -(exact.exp() * exact).sum(1)
     assert torch.allclose(targets.entropy_at(temperature).double(), entropy, rtol=6e-4, atol=1e-5)
 
@@ -94,7 +91,7 @@ def test_masses_of_one_temperature_add_up_to_one():
 def test_other_divergences_of_the_tail_are_those_of_a_bucket(term):
     output, student = teacher(60), teacher(60, seed=5)
     labels = labels_of(output)
-    targets = stored("topk_tail", output, temperatures=TEMPERATURES, k=20, draws=10, bits=10)
+    targets = stored("topk_tail", output, temperatures=TEMPERATURES, k=20, draws=10, bits=9)
     for temperature in TEMPERATURES:
         whole, _ = loss(student, labels, output, temperature, term)
         value, _ = loss(student, labels, targets, temperature, term)
@@ -105,7 +102,7 @@ def test_other_divergences_of_the_tail_are_those_of_a_bucket(term):
 @pytest.mark.parametrize("k", [VOCAB - 3, VOCAB])
 def test_a_tail_of_few_tokens_or_none_is_kept(k):
     output = teacher(60)
-    targets = stored("topk_tail", output, temperatures=TEMPERATURES, k=k, draws=5, bits=10)
+    targets = stored("topk_tail", output, temperatures=TEMPERATURES, k=k, draws=5, bits=9)
     assert (targets.known.sum(1) <= VOCAB).all()
     assert (targets.known.sum(1) >= k).all()
     for temperature in TEMPERATURES:
