@@ -84,12 +84,25 @@ def print_rows(title: str, row: Mapping[str, Any]) -> None:
 
     The time is the median of the turns.
     """
-    seconds, peaks = medians(row), row["peak_mb"]
-    first = next(iter(peaks))
-    print(f"\n{title}\n{'':38}{'s':>8}{'ratio':>8}{'floor':>8}{'peak MB':>9}{'ratio':>8}")
-    for name, peak in peaks.items():
-        now, floor = seconds[name], f"{seconds['floor'] / seconds[name]:.0%}" if "floor" in seconds else ""
-        print(f"{name:38}{now:8.3f}{now / seconds[first]:8.2f}{floor:>8}{peak:9.0f}{peak / peaks[first]:8.3f}")
+    print(f"\n{title}\n{'':38}" + "".join(f"{name:>14}" for name in next(iter(table(row).values()))))
+    for name, cells in table(row).items():
+        print(f"{name:38}" + "".join(f"{cell:14.4g}" for cell in cells.values()))
+
+
+def table(row: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The cells of every case of a row by their column: the first case is the reference of the ratios."""
+    if "cases" in row:
+        return row["cases"]
+    seconds, peaks, tokens = medians(row), row.get("peak_mb", {}), row.get("tokens")
+    floor = seconds.pop("floor", None)
+    first = next(iter(seconds))
+    cells = {}
+    for name, now in seconds.items():
+        cells[name] = {"seconds": now, "ratio": now / seconds[first]}
+        cells[name] |= {"peak (MB)": peaks[name], "ratio of peaks": peaks[name] / peaks[first]} if peaks else {}
+        cells[name] |= {"floor": floor / now} if floor else {}
+        cells[name] |= {"tokens/s": tokens / now} if tokens else {}
+    return cells
 
 
 def load(suite: str) -> list[dict[str, Any]]:

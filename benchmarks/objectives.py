@@ -9,6 +9,7 @@ measured by the suite `taps`.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,9 +21,20 @@ from measure import in_child, load, machine, record
 from step import arguments, models
 from transformers import PrinterCallback, default_data_collator
 
-from hf_distill import GradientShareCallback, KDConfig, KDTrainer, LogitObjective, evaluate_retention, objectives
+from hf_distill import (
+    CachedTeacher,
+    GradientShareCallback,
+    KDConfig,
+    KDTrainer,
+    LogitObjective,
+    evaluate_retention,
+    objectives,
+)
+from hf_distill.cache import build_cache
+from hf_distill.cache.registry import PRESETS
 from hf_distill.evaluation import KLDivergence, Perplexity, Top1Agreement
 from hf_distill.students import choose_layers
+from hf_distill.teachers import Teacher
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
@@ -66,6 +78,13 @@ class Case:
         return terms
 
 
+@dataclass(frozen=True)
+class CachedCase(Case):
+    """With soft labels on disk in place of the teacher, in an encoding or preset."""
+
+    encoding: str = "base"
+
+
 HIDDEN, ATTENTION, RELATION = "HiddenStateObjective", "AttentionObjective", "RelationObjective"
 REFERENCE = "CE + KL"
 # The weights are meant to give a term about a quarter of the gradient in the first step (LOG.md); see `shares` in the
@@ -87,9 +106,14 @@ CASES = {
 }
 
 
-def trainer_of(case: Case, student: Any, teacher: Any, rows: Dataset, **settings: Any) -> KDTrainer:
+FROM_DISK: dict[str, Case] = {f"{REFERENCE}, {name}": CachedCase(encoding=name) for name in PRESETS}
+
+
+def trainer_of(
+    case: Case, student: Any, teacher: Teacher, rows: Dataset, tokenizer: Any, **settings: Any
+) -> KDTrainer:
     args = KDConfig(**arguments(), ce_weight=0.5, **settings)
-    data = {"train_dataset": rows, "data_collator": default_data_collator, "processing_class": teacher.tokenizer}
+    data = {"train_dataset": rows, "data_collator": default_data_collator, "processing_class": tokenizer}
     return KDTrainer(student, teacher, args, objectives=case.build(student.config.hidden_size), **data)
 
 
@@ -98,7 +122,7 @@ def run(setting: Setting, names: Sequence[str], seeds: int, threads: int, write:
     known, here, rows = load("objectives") if write else [], machine(), []
     for seed in range(seeds):
         for name in names:
-            case = CASES[name]
+            case = (CASES | FROM_DISK)[name]
             key = {"case": name, "seed": seed, "setting": asdict(setting), "spec": asdict(case), "threads": threads}
             row = next((row for row in known if (key | {"machine": here}).items() <= row.items()), None)
             if row is None:
@@ -119,15 +143,21 @@ def _run(setting: Setting, case: Case, seed: int, threads: int) -> dict[str, Any
     rows = rows.select(range(setting.steps * setting.rows))
     schedule = {"lr_scheduler_type": "cosine", "warmup_steps": min(5, setting.steps - 1), "max_steps": setting.steps}
     size = {"per_device_train_batch_size": setting.rows, "learning_rate": setting.learning_rate}
-    trainer = trainer_of(
-        case, student, teacher, rows, **schedule, **size, seed=seed, logging_steps=1, disable_tqdm=True
-    )
-    trainer.add_callback(GradientShareCallback(every=setting.steps))  # in the first step
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    settings = {**schedule, **size, "seed": seed, "logging_steps": 1, "disable_tqdm": True}
+    with tempfile.TemporaryDirectory() as folder:
+        source = _from_disk(case, teacher, rows, folder) if isinstance(case, CachedCase) else teacher
+        trainer = trainer_of(case, student, source, rows, teacher.tokenizer, **settings)
+        trainer.add_callback(GradientShareCallback(every=setting.steps))  # in the first step
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     held_out = Dataset.from_dict({"text": texts["test"][: setting.texts]})
     benchmarks = [benchmark(held_out) for benchmark in (KLDivergence, Top1Agreement, Perplexity)]
     scores = evaluate_retention(student.to(torch.bfloat16), teacher, benchmarks, teacher.tokenizer).rows
     end = "_gradient_share"
     shares = {key.removesuffix(end): value for key, value in trainer.state.log_history[0].items() if end in key}
     return {"metrics": {row.metric: row.student for row in scores}, "shares": shares}
+
+
+def _from_disk(case: CachedCase, teacher: Any, rows: Dataset, folder: str) -> CachedTeacher:
+    build_cache(teacher, rows, folder, encoding=case.encoding, show_progress=False)
+    return CachedTeacher(folder)

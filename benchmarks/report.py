@@ -25,6 +25,7 @@ PLOT = RESULTS / "growth.png"
 # Terms of the reference, by the names of their shares.
 OWN = ("ce", "forward_kl", "taid")
 START, END = "<!-- tables -->", "<!-- end of the tables -->"
+SECTIONS = ("loss", "step", "labels", "cached", "build", "read", "taps")
 Row = dict[str, Any]
 
 
@@ -37,19 +38,32 @@ def _setting(row: Row) -> str:
     return json.dumps([row["setting"], row["threads"], row["machine"]])
 
 
+FORMATS = {
+    "seconds": "{:.4g}",
+    "ratio": "{:.2f}",
+    "peak (MB)": "{:,.0f}",
+    "ratio of peaks": "{:.3f}",
+    "floor": "{:.0%}",
+    "tokens/s": "{:,.0f}",
+    "bytes": "{:.1f}",
+    "angle": "{:.2f}",
+    "norm": "{:.3f}",
+    "token_cosine": "{:.4f}",
+}
+
+
 def section(suite: str, row: Row) -> str:
     """One table: the first case is the reference of the ratios."""
-    seconds, peaks = medians(row), row["peak_mb"]
-    first = next(iter(peaks))
-    columns = ["", "seconds", "ratio", "peak (MB)", "ratio"]
-    columns += ["floor"] * ("floor" in seconds)
-    cells = []
-    for name, peak in peaks.items():
-        cell = [name, round(seconds[name], 3), round(seconds[name] / seconds[first], 2)]
-        cell += [round(peak), round(peak / peaks[first], 3)]
-        cells.append(cell + ([f"{seconds['floor'] / seconds[name]:.0%}"] if "floor" in seconds else []))
-    turns = f"median of {len(row['seconds'][first])} turns on {row['threads']} threads"
-    return "\n".join([f"### {suite}, {row['preset']}", "", *_notes(row, turns), "", markdown_table(columns, cells)])
+    found = measure.table(row)
+    columns = list(next(iter(found.values())))
+    cells = [
+        [name, *(FORMATS[column].format(value) for column, value in case.items())] for name, case in found.items()
+    ]
+    turns = [len(turns) for turns in row["seconds"].values()] if "seconds" in row else []
+    how = f"median of {turns[0]} turns on {row['threads']} threads" if turns else f"{row['threads']} threads"
+    return "\n".join(
+        [f"### {suite}, {row['preset']}", "", *_notes(row, how), "", markdown_table(["", *columns], cells)]
+    )
 
 
 def _notes(row: Row, how: str) -> list[str]:
@@ -140,7 +154,7 @@ def plot_growth(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    tables = [section(suite, row) for suite in ("loss", "step", "taps") for row in load(suite)]
+    tables = [section(suite, row) for suite in SECTIONS for row in load(suite)]
     runs = sorted(measure.load("objectives"), key=_setting)  # stable
     tables += [comparison_section(list(group), load("taps")) for _, group in groupby(runs, _setting)]
     growth = sorted(load("growth"), key=lambda row: (row["setting"]["vocabulary"], row["setting"]["tokens"]))

@@ -27,7 +27,8 @@ def measure(setting: Setting, names: list[str], repeats: int, threads: int) -> d
 def _trainers(names: list[str]) -> dict[str, Any]:
     student, teacher = models()
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]})
-    return {name: trainer_of(CASES[name], student, teacher, rows, learning_rate=1e-4) for name in names}
+    tokenizer, rate = teacher.tokenizer, 1e-4
+    return {name: trainer_of(CASES[name], student, teacher, rows, tokenizer, learning_rate=rate) for name in names}
 
 
 def _seconds(setting: Setting, names: list[str], repeats: int, threads: int) -> dict[str, list[float]]:

@@ -15,21 +15,25 @@ SOURCES = {
     "server": f"a server; {REDUCED}",
     "distillkit": f"files of DistillKit; {REDUCED}",
 }
+# Options of `build` that say how rows are made, and of which the cache itself knows nothing.
+OF_TEXTS = ("split", "max_length", "assistant_only_loss")
 FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def add_to(commands: Any) -> None:
     """Add the subcommand to a parser's."""
     actions = commands.add_parser("cache", help="soft labels on disk").add_subparsers(required=True, metavar="ACTION")
-    build = actions.add_parser("build", help="run a teacher over a tokenised dataset and keep its distributions")
+    build = actions.add_parser("build", help="run a teacher over a dataset and keep its distributions")
     build.add_argument("--teacher", required=True, help="Hub name, folder, or address of a server (http://.../v1)")
     build.add_argument("--teacher-model", help="what a server calls the teacher; its key is taken from VLLM_API_KEY")
     build.add_argument("--vocab-size", type=int, help="columns of the logits of a server's teacher")
+    build.add_argument("--tokenizer", help="that the dataset is made with (default: that of a teacher that runs here)")
     build.add_argument(
-        "--tokenizer", help="that the dataset was made with (default: that of a teacher that runs here)"
+        "--dataset", required=True, help="of token ids, texts or chats: Hub name, folder, or json(l) or parquet file"
     )
-    build.add_argument("--dataset", required=True, help="tokenised: Hub name, folder, or json(l) or parquet file")
     build.add_argument("--split", default="train", help="of the dataset (default: train)")
+    build.add_argument("--max-length", type=int, help="of a row of texts, as in SFTConfig")
+    build.add_argument("--assistant-only-loss", action="store_true", help="keep answers of chats, as in SFTConfig")
     build.add_argument("--out", required=True, type=Path, help="folder of the cache")
     build.add_argument("--encoding", default="topk", help="topk, sampled, topk_tail, dense, hidden (default: topk)")
     build.add_argument("--k", type=int, help="ids of a token")
@@ -64,11 +68,10 @@ def add_to(commands: Any) -> None:
 def _build(options: argparse.Namespace) -> None:
     from hf_distill.cache import build_cache
 
-    settings = {name: value for name, value in vars(options).items() if name not in ("run", "split")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", *OF_TEXTS)}
     name, size = settings.pop("teacher_model"), settings.pop("vocab_size")
     settings["teacher"] = _teacher(options.teacher, name, size)
-    settings["tokenizer"] = _tokenizer(options.tokenizer)
-    settings["dataset"] = _load(options.dataset, options.split)
+    settings["dataset"], settings["tokenizer"] = _rows(options)
     build_cache(**settings)
     _info(argparse.Namespace(path=options.out))
 
@@ -87,6 +90,25 @@ def _teacher(teacher: str, name: str | None, vocab_size: int | None) -> Any:
             "logits it has, `vocab_size` in its config.json."
         )
     return RemoteTeacher(teacher, name, vocab_size)
+
+
+def _rows(options: argparse.Namespace) -> tuple[Any, Any]:
+    """A dataset of token ids, and the tokenizer if one is named or was needed."""
+    from hf_distill.cli.prepare import prepare
+
+    dataset, tokenizer = _load(options.dataset, options.split), _tokenizer(options.tokenizer)
+    if "input_ids" in dataset.column_names:
+        if options.max_length is not None or options.assistant_only_loss:
+            raise ValueError(
+                "`--max-length` and `--assistant-only-loss` are of texts, and `--dataset` has `input_ids`; leave them "
+                "out."
+            )
+        return dataset, tokenizer
+    if tokenizer is None and options.teacher_model is not None:
+        raise ValueError("`--dataset` holds texts, and the teacher is a server: name its tokenizer by `--tokenizer`.")
+    tokenizer = tokenizer or _tokenizer(options.teacher)
+    given = {"max_length": options.max_length, "assistant_only_loss": options.assistant_only_loss}
+    return prepare(dataset, tokenizer, **given), tokenizer
 
 
 def _tokenizer(name: str | None) -> Any:

@@ -5,7 +5,9 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
+from hf_distill import KDSFTConfig, KDSFTTrainer
 from hf_distill.cache import CacheReader
+from hf_distill.cache.rows import rows_of
 from hf_distill.cli.main import main
 from tests import tiny
 from tests.cache.distillkit_files import polynomial_files, texts
@@ -53,15 +55,59 @@ def test_build_runs_a_teacher_over_a_dataset_on_disk_and_prints_what_it_made(tmp
 
 @pytest.mark.parametrize(
     ("dataset", "message"),
-    [("rows.txt", "expected a file of"), ("text.jsonl", "no `input_ids`")],
+    [("rows.txt", "expected a file of"), ("reviews.jsonl", "expected `input_ids`, or one of TRL's formats")],
 )
 def test_what_is_wrong_is_said_in_a_line(tmp_path, teacher, dataset, message, capsys):
-    (tmp_path / dataset).write_text('{"text": "a"}\n')
+    (tmp_path / dataset).write_text('{"review": "a"}\n')
     arguments = ["--teacher", teacher, "--dataset", str(tmp_path / dataset), "--out", str(tmp_path / "out")]
     assert main(["cache", "build", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert main(["cache", "info", str(tmp_path / "out")]) == 2
     assert "holds no cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "fields"),
+    [
+        (["text"], [], {}),
+        (["text"], ["--max-length", "9"], {"max_length": 9}),
+        (["prompt", "completion"], [], {}),
+        (["messages"], ["--assistant-only-loss"], {"assistant_only_loss": True}),
+    ],
+)
+def test_texts_and_chats_become_the_rows_that_the_trainer_will_ask_for(tmp_path, teacher, columns, given, fields):
+    examples = tiny.messages_dataset(4) if columns == ["messages"] else tiny.prompt_completion_dataset(4)
+    if columns == ["text"]:
+        examples = examples.map(lambda row: {"text": row["prompt"] + row["completion"]})
+    examples = examples.select_columns(columns)
+    examples.to_json(tmp_path / "rows.jsonl")
+    arguments = ["--teacher", teacher, "--dataset", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]
+    assert main(["cache", "build", *arguments, "--k", "7", *given]) == 0
+    args = KDSFTConfig(tmp_path / "run", teacher_cache=str(tmp_path / "out"), bf16=False, report_to="none", **fields)
+    data = {"train_dataset": examples, "processing_class": tiny.tokenizer()}
+    trainer = KDSFTTrainer(tiny.model("llama", seed=1), args, **data)
+    rows = [row for example in trainer.train_dataset for row in rows_of(example)]
+    reader = CacheReader(tmp_path / "out")
+    assert [(row.ids.tolist(), row.kept.tolist()) for row in reader.rows()] == [
+        (row.ids.tolist(), row.kept.tolist()) for row in rows
+    ]
+    assert any(row.kept.any() for row in rows)
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "message"),
+    [
+        ({"input_ids": [1, 2]}, ["--max-length", "9"], "are of texts, and `--dataset` has `input_ids`"),
+        ({"text": "a"}, ["--teacher-model", "tiny", "--vocab-size", "320"], "name its tokenizer by `--tokenizer`"),
+    ],
+)
+def test_how_rows_are_made_must_be_known(tmp_path, row, given, message, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    arguments = ["--teacher", "http://127.0.0.1:1", "--teacher-model", "tiny", "--vocab-size", "320"]
+    arguments += ["--dataset", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out"), *given]
+    assert main(["cache", "build", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_build_asks_a_server_by_its_address(tmp_path, capsys):
