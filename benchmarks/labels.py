@@ -2,7 +2,7 @@
 
 The teacher is SmolLM2-135M-Instruct, the student the same model with noise in its weights, the text reviews. A case is
 an encoding or a preset, built and read as a training does; its bytes are those of all files. Those of DistillKit are
-the compression and the loss of its package, in the configurations of its README; their bytes are the compressed arrays.
+the compression and loss of its package, in the configurations of its README; their bytes are the compressed arrays.
 """
 
 from __future__ import annotations
