@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_distill.attention_anatomy import head_shape, uses_interface
+from hf_distill.attention_anatomy import attention_limits, head_shape
 from hf_distill.functional.head import LMHead, finish_logits
 from hf_distill.signals import ModelShape
 
@@ -158,7 +158,7 @@ def shape_of(model: nn.Module, role: str) -> ModelShape:
         cut_from=origin.get("teacher_num_hidden_layers"),
         vocab_size=parts.vocab_size if reads_layers else None,
         is_causal=any(getattr(module, "is_causal", False) for module in parts.layers[0].modules()),
-        has_attention_maps=all(uses_interface(layer) for layer in parts.layers),
+        **attention_limits(list(parts.layers), learned_prompt(model)),
         **head_shape(parts.model.config.get_text_config()),
     )
 

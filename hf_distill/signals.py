@@ -58,7 +58,8 @@ class ModelShape:
         num_heads: Attention heads of a layer; 0 where they cannot be told.
         num_kv_heads: Heads of keys and values, which groups of query heads share; 0 where they cannot be told.
         head_dim: Width of a head; 0 where it cannot be told.
-        has_attention_maps: False where only queries, keys and values before their position embedding can be had.
+        no_attention: Layers whose queries, keys and values cannot be had, each with the reason and what to do.
+        no_attention_maps: Layers whose attention maps cannot be had, likewise.
     """
 
     name: str
@@ -71,7 +72,8 @@ class ModelShape:
     num_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0
-    has_attention_maps: bool = True
+    no_attention: Mapping[int, str] = field(default_factory=dict)
+    no_attention_maps: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.anatomy import ModuleHead, resolve_head, shape_of, task_of, unwrap, vocabulary_size
+from hf_distill.anatomy import ModuleHead, learned_prompt, resolve_head, shape_of, task_of, unwrap, vocabulary_size
 from hf_distill.functional import LMHead
 from hf_distill.signals import Layers, ModelShape, Projection, Signal, TeacherSignals, identity
 from hf_distill.taps import LayersTap, tap_last_hidden, tap_layers
@@ -36,7 +36,7 @@ class ModelTeacher(Teacher):
         name: What it is called; `config.name_or_path` if None.
 
     Raises:
-        ValueError: The task cannot be told from the model.
+        ValueError: The task cannot be told from the model, or its adapter puts virtual tokens before the text.
 
     Example:
         ```python
@@ -50,6 +50,12 @@ class ModelTeacher(Teacher):
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None
     ) -> None:
+        kind = learned_prompt(model)
+        if kind not in (None, "PREFIX_TUNING"):  # a prefix adds no positions
+            raise ValueError(
+                f"The teacher has a {kind} adapter, whose virtual tokens have no counterpart in the student; use a "
+                "LoRA adapter or a full model as teacher."
+            )
         self._base = unwrap(model)
         self.task = task_of(self._base)
         self.model: nn.Module = model.requires_grad_(False).eval()
@@ -87,7 +93,7 @@ class ModelTeacher(Teacher):
 
     def shape(self) -> ModelShape:
         """Depth and width; see `Teacher.shape`."""
-        return shape_of(self._base, "teacher")
+        return shape_of(self.model, "teacher")  # not the base: an adapter may change what can be heard
 
     def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: Layers) -> TeacherSignals:
         home = batch["input_ids"].device
