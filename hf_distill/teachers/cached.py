@@ -190,8 +190,9 @@ def _rows_of(batch: Mapping[str, Any]) -> tuple[list[Row], Tensor]:
     numbers = sequences(facts, real).flatten()
     if batch.get("labels") is None:
         raise ValueError(
-            "A cached teacher reads the positions that have a label, and the batch has no `labels`. To measure retention "
-            "on other texts than those of the cache, give the model: `evaluate_retention(student, load_teacher(name))`."
+            "A cached teacher reads the positions that have a label, and the batch has no `labels`. To measure "
+            "retention on other texts than those of the cache, give the model: "
+            "`evaluate_retention(student, load_teacher(name))`."
         )
     index = Targets.from_labels(batch["labels"].cpu(), shift=True).index
     wanted = torch.zeros(ids.numel(), dtype=torch.bool)
