@@ -105,10 +105,14 @@ class ModelTeacher(Teacher):
         self.model.eval()  # somebody may have called .train() on a model that is theirs too
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             logits, read = read_signals(self.model, inputs, layers)
+        norm, norm_device = read.final_norm, logits.hidden.device  # what enters the head comes out of the norm
+        if norm is not None and norm_device != home:
+            norm = RemoteHead(norm, norm_device, home)
         return TeacherSignals(
             logits=_at_home(logits, home) if Signal.LOGITS in needs else None,
             hidden={layer: states.to(home) for layer, states in read.hidden.items()},
             attention={layer: states.to(home) for layer, states in read.attention.items()},
+            final_norm=norm,
         )
 
     def _only_known_tokens(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_distill.anatomy import describe, output_head, resolve_head
+from hf_distill.anatomy import describe, output_head, resolve_final_norm, resolve_head
 from hf_distill.taps import tap_last_hidden
 from tests import tiny
 from tests.processes import run_on_two_ranks
@@ -203,6 +203,21 @@ def compare_to_one_process(rank: int, how: str, tied: bool) -> None:
     for _ in range(2):
         model.zero_grad()
         tapped_loss(model, IDS[rank : rank + 1]).backward()  # as many labels on both ranks: the mean of the means
+    found = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    assert_same_gradients(found, gradients(twin))
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("how", ["resharded", "kept", "accelerate"])
+def test_a_sharded_final_norm_is_whole_for_hidden_states_of_other_layers(how):
+    model, hidden = tiny.model("llama"), torch.randn(5, 32)
+    twin = copy.deepcopy(model)
+    shard(model, how, tied=False)
+    for _ in range(2):  # also after a step that leaves it gathered
+        model.zero_grad()
+        norm = resolve_final_norm(model)
+        (tapped_loss(model) + norm(hidden).square().sum()).backward()
+    (tapped_loss(twin) + twin.model.norm(hidden).square().sum()).backward()
     found = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     assert_same_gradients(found, gradients(twin))
 
