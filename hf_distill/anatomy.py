@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_distill.attention_anatomy import head_shape, uses_interface
+from hf_distill.attention_anatomy import attention_limits, head_shape
 from hf_distill.functional.head import LMHead, finish_logits
+from hf_distill.sharding import is_sharded, whole
 from hf_distill.signals import ModelShape
 
 
@@ -157,8 +157,9 @@ def shape_of(model: nn.Module, role: str) -> ModelShape:
         kept_layers=None if kept is None else tuple(kept),
         cut_from=origin.get("teacher_num_hidden_layers"),
         vocab_size=parts.vocab_size if reads_layers else None,
+        has_final_norm=parts.final_norm is not None,
         is_causal=any(getattr(module, "is_causal", False) for module in parts.layers[0].modules()),
-        has_attention_maps=all(uses_interface(layer) for layer in parts.layers),
+        **attention_limits(list(parts.layers), learned_prompt(model)),
         **head_shape(parts.model.config.get_text_config()),
     )
 
@@ -269,8 +270,8 @@ def resolve_head(model: nn.Module) -> LMHead | Callable[[Tensor], Tensor]:
                 "`target_modules` and `modules_to_save`), or use FSDP2, DDP or ZeRO-2."
             )
         return ModuleHead(head, scale, softcap)
-    bias = None if head.bias is None else _whole(head.bias)
-    return LMHead(_whole(head.weight), bias, scale, softcap)
+    bias = None if head.bias is None else whole(head.bias)
+    return LMHead(whole(head.weight), bias, scale, softcap)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,6 +285,23 @@ class ModuleHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Project `hidden` `[n, H]` to logits `[n, V]`."""
         return finish_logits(self.module(hidden), self.scale, self.softcap)
+
+
+def resolve_final_norm(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a model applies to hidden states of its last layer before its head, as a callable; see `resolve_head`.
+
+    Raises:
+        ValueError: The family is unknown, or has no norm there.
+    """
+    norm = describe(model).final_norm
+    if norm is None:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no final norm that is known.")
+    norm = _without_disabled_adapters(norm)
+    if any(is_sharded(parameter) for parameter in norm.parameters()):
+        weights = {name: whole(parameter) for name, parameter in norm.named_parameters()}
+        sharded, norm = norm, object.__new__(type(norm))  # FSDP2 lets nobody copy its modules
+        vars(norm).update(vars(sharded) | {"_parameters": weights})
+    return norm.forward  # without the hooks that gather weights for the model's own forward
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -367,28 +385,3 @@ def _is_plain(head: nn.Module) -> bool:
     readable = weight.is_floating_point() and weight.dtype.itemsize > 1
     elsewhere = weight.is_meta or hasattr(head, "_hf_hook")
     return ordinary and readable and not elsewhere
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """An ordinary tensor as it is; a shard of FSDP2 or a partition of ZeRO-3 gathered."""
-    if hasattr(parameter, "ds_id"):
-        return _copy_of_partitions(parameter)
-    if not isinstance(parameter, DTensor):
-        return parameter
-    mesh = parameter.device_mesh
-    # Every rank has the gradient of its own batch. Without the placements torch takes them for copies of one gradient
-    # and each rank would keep only its own part of its shard.
-    full = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if full.requires_grad:
-        full.register_hook(lambda gradient: gradient / mesh.size())
-    return full
-
-
-def _copy_of_partitions(parameter: Any) -> Tensor:
-    """A parameter of ZeRO-3, whole; DeepSpeed partitions the gradient that reaches it as any other."""
-    from deepspeed.runtime.zero import GatheredParameters, ZeroParamStatus
-
-    # What its module has gathered already (a tied embedding) is for DeepSpeed to partition again.
-    here = parameter.ds_status == ZeroParamStatus.AVAILABLE
-    with nullcontext() if here else GatheredParameters([parameter]):
-        return parameter.clone()

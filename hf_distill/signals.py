@@ -32,10 +32,12 @@ class Layers:
     Args:
         hidden: Whose hidden states are asked for, from 0 (the embedding) to the depth.
         attention: Whose queries, keys and values are asked for, from 1 to the depth.
+        final_norm: Whether the norm between the last layer and the head is asked for.
     """
 
     hidden: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
+    final_norm: bool = False
 
 
 NO_LAYERS = Layers()
@@ -54,11 +56,13 @@ class ModelShape:
         cut_from: Depth of the model that it was cut from; None for every other model.
         vocab_size: Width of the logits that its head makes of hidden states; None where it makes none, as a
             classifier, or takes another width than that of the layers.
+        has_final_norm: Whether it has a norm between its last layer and its head, and it is known.
         is_causal: Whether its tokens see only those before them, as in decoders.
         num_heads: Attention heads of a layer; 0 where they cannot be told.
         num_kv_heads: Heads of keys and values, which groups of query heads share; 0 where they cannot be told.
         head_dim: Width of a head; 0 where it cannot be told.
-        has_attention_maps: False where only queries, keys and values before their position embedding can be had.
+        no_attention: Layers whose queries, keys and values cannot be had, each with the reason and what to do.
+        no_attention_maps: Layers whose attention maps cannot be had, likewise.
     """
 
     name: str
@@ -67,11 +71,13 @@ class ModelShape:
     kept_layers: tuple[int, ...] | None = None
     cut_from: int | None = None
     vocab_size: int | None = None
+    has_final_norm: bool = False
     is_causal: bool = False
     num_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0
-    has_attention_maps: bool = True
+    no_attention: Mapping[int, str] = field(default_factory=dict)
+    no_attention_maps: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,7 @@ def sequences(batch: Mapping[str, Tensor], real: Tensor) -> Tensor:
 
 
 HiddenStates = Mapping[int, Tensor]
+Norm = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -302,6 +309,8 @@ class StudentSignals:
             norm (as in transformers' `hidden_states`).
         tokens: The positions of `hidden`; None where no layers were asked for.
         attention: By layer from 1, for whole sequences: `tokens.index` are queries in the flattened batch.
+        final_norm: What the model applies to its last layer's hidden states, which in `hidden` have passed it; None
+            where it was not asked for.
     """
 
     logits: Projection
@@ -309,6 +318,7 @@ class StudentSignals:
     hidden: HiddenStates = field(default_factory=dict)
     tokens: Tokens | None = None
     attention: Attention = field(default_factory=dict)
+    final_norm: Norm | None = None
 
     def at(self, tokens: Tokens) -> StudentSignals:
         """Keep the hidden states, of whole sequences, of `tokens`."""
@@ -324,11 +334,13 @@ class TeacherSignals:
             the B * S positions of the flattened batch, in which those without a label hold anything.
         hidden: By layer `[B, S, H_t]`; layers count as in `StudentSignals`.
         attention: By layer, for whole sequences.
+        final_norm: As in `StudentSignals`.
     """
 
     logits: Projection | SparseLogits | None = None
     hidden: HiddenStates = field(default_factory=dict)
     attention: Attention = field(default_factory=dict)
+    final_norm: Norm | None = None
 
     def at(
         self, targets: Targets, tokens: Mapping[str, Tokens] | None = None

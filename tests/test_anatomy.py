@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM
 
-from hf_distill.anatomy import describe, resolve_head, task_of, unwrap, vocabulary_size
+from hf_distill.anatomy import describe, resolve_final_norm, resolve_head, task_of, unwrap, vocabulary_size
 from hf_distill.functional.head import LMHead
 from hf_distill.taps import tap_last_hidden
 from tests import tiny
@@ -67,12 +67,33 @@ def test_the_parts_of_every_family_are_found(family):
 @pytest.mark.parametrize("family", tiny.DECODERS)
 def test_the_final_norm_gives_what_enters_the_head(family):
     model = tiny.model(family)
+    nn.init.normal_(describe(model).final_norm.weight)
     seen = []
-    handle = describe(model).final_norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    handle = describe(model).final_norm.register_forward_hook(
+        lambda module, args, output: seen.append((*args, output))
+    )
     with tap_last_hidden(model) as tap:
         model(IDS)
     handle.remove()
-    torch.testing.assert_close(tap.hidden, seen[-1])
+    [(entering, leaving)] = seen
+    torch.testing.assert_close(tap.hidden, leaving)
+    torch.testing.assert_close(resolve_final_norm(model)(entering), leaving)
+
+
+def test_a_final_norm_under_a_disabled_adapter_is_that_of_the_base():
+    model = lora(tiny.model("llama"), target_modules=["q_proj"], modules_to_save=["norm"])
+    base, hidden = tiny.model("llama").model.norm, torch.randn(3, 32)
+    assert (resolve_final_norm(model)(hidden) - base(hidden)).abs().max() > 0.1
+    with model.disable_adapter():
+        norm = resolve_final_norm(model)
+    torch.testing.assert_close(norm(hidden), base(hidden))
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+def test_a_family_without_a_final_norm_is_named(family):
+    model = tiny.model(family)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has no final norm"):
+        resolve_final_norm(model)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

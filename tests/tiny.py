@@ -62,7 +62,12 @@ FAMILIES = {
 OTHERS = {
     "mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4}, "num_hidden_layers"),
     "cohere": ("CohereConfig", GROUPED, "num_hidden_layers"),
+    "cohere2": ("Cohere2Config", GROUPED, "num_hidden_layers"),
+    "gemma": ("GemmaConfig", GROUPED | {"head_dim": 8}, "num_hidden_layers"),
     "granite": ("GraniteConfig", GROUPED, "num_hidden_layers"),
+    "gpt_oss": ("GptOssConfig", GROUPED | {"head_dim": 8, "num_local_experts": 4}, "num_hidden_layers"),  # has sinks
+    # Its first layer is a convolution.
+    "lfm2": ("Lfm2Config", GROUPED | {"layer_types": ["conv", "full_attention"]}, "num_hidden_layers"),
     "gptj": ("GPTJConfig", GPT2 | {"rotary_dim": 4}, "n_layer"),  # calls its attention without the interface
     "bloom": ("BloomConfig", COMMON | {"hidden_size": 32, "n_head": 4}, "n_layer"),  # and has one projection for all
 }

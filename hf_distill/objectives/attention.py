@@ -104,20 +104,26 @@ class AttentionObjective(FeatureObjective):
             )
         self.student_attention = frozenset(pair[0] for pair in self.pairs)
         self.teacher_attention = frozenset(pair[1] for pair in self.pairs)
+        self._check_layers(student, teacher)
         if self.loss == "relations":
             self._bind_relations(student, teacher)
             return
-        if without := [model.name for model in (student, teacher) if not model.has_attention_maps]:
-            raise ValueError(
-                f"`loss={self.loss!r}` needs attention maps of the {student.name} and the {teacher.name}, but they "
-                f"cannot be had of the {' and the '.join(without)}, which does not use transformers' "
-                "`AttentionInterface`; use `loss='relations'`."
-            )
         if self.loss == "score_mse" and student.num_heads != teacher.num_heads:
             raise ValueError(
                 f"`loss='score_mse'` needs equal numbers of heads, but the {student.name} has {student.num_heads} and "
                 f"the {teacher.name} {teacher.num_heads}; use 'relations', or 'map_kl', which averages heads."
             )
+
+    def _check_layers(self, student: ModelShape, teacher: ModelShape) -> None:
+        """Check that both models let their attention be heard."""
+        for model, layers in ((student, self.student_attention), (teacher, self.teacher_attention)):
+            maps = {} if self.loss == "relations" else model.no_attention_maps
+            refused = {**maps, **model.no_attention}
+            if without := sorted(layers & refused.keys()):
+                raise ValueError(
+                    f"`loss={self.loss!r}` compares the attention of the {student.name} and the {teacher.name}, but "
+                    f"that of layer {without[0]} cannot be had of the {model.name}: {refused[without[0]]}"
+                )
 
     def _bind_relations(self, student: ModelShape, teacher: ModelShape) -> None:
         """Check that the relation heads divide all widths, where these are known."""

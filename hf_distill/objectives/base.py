@@ -75,12 +75,14 @@ class FeatureObjective(Objective, ABC):
         teacher_layers: Layers of the teacher.
         student_attention: Layers of the student whose queries, keys and values it reads.
         teacher_attention: Layers of the teacher.
+        reads_final_norm: Whether it reads the final norms of both.
     """
 
     student_layers: frozenset[int] = frozenset()
     teacher_layers: frozenset[int] = frozenset()
     student_attention: frozenset[int] = frozenset()
     teacher_attention: frozenset[int] = frozenset()
+    reads_final_norm: bool = False
 
     def __init__(self, weight: float | Schedule = 1.0, positions: str = "labelled") -> None:
         super().__init__(weight)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_distill.functional.dynamics import feature_dynamics
@@ -19,10 +20,10 @@ from hf_distill.signals import HiddenStates, ModelShape, Projection, Signal, Stu
 class FeatureDynamicsObjective(FeatureObjective):
     """Match how predictions form from layer to layer (Feature Dynamics Distillation, ACL 2025 long.1125).
 
-    Hidden states of some layers go through each model's own head, without the final norm; compared are the
-    distributions (the trajectory) and the steps between layers (its derivative). Widths and depths may differ, the
-    vocabulary must be the same. The logits exist for a chunk of tokens at a time; the time is that of some four
-    projections to the vocabulary for each layer and model. There is no code by the authors.
+    Hidden states of some layers go through each model's own head; compared are the distributions (the trajectory)
+    and the steps between layers (its derivative). Widths and depths may differ, the vocabulary must be the same. The
+    logits exist for a chunk of tokens at a time; the time is that of some four projections to the vocabulary for each
+    layer and model. There is no code by the authors.
 
     Args:
         weight: Factor of this term in the loss, >= 0, or a schedule of it.
@@ -31,6 +32,8 @@ class FeatureDynamicsObjective(FeatureObjective):
         positions: See `FeatureObjective`.
         trajectory_weight: Factor of the KL of the distributions.
         derivative_weight: Factor of one minus the cosine of the steps.
+        final_norm: Whether each model's own final norm comes before its head, as it does in the model's forward. The
+            paper does not say; hidden states grow from layer to layer, and with them the logits without a norm.
         chunk_bytes: Budget for the logits of a chunk of tokens.
 
     Raises:
@@ -55,6 +58,7 @@ class FeatureDynamicsObjective(FeatureObjective):
         positions: str = "labelled",
         trajectory_weight: float = 1.0,
         derivative_weight: float = 1.0,
+        final_norm: bool = False,
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__(weight, positions)
@@ -63,8 +67,10 @@ class FeatureDynamicsObjective(FeatureObjective):
         self.num_pairs = num_pairs
         self.trajectory_weight = check_weight("trajectory_weight", trajectory_weight)
         self.derivative_weight = check_weight("derivative_weight", derivative_weight)
+        self.reads_final_norm = final_norm
         self.chunk_bytes = chunk_bytes
         self.pairs: Pairs = ()
+        self._depths = (0, 0)
 
     def config(self) -> dict[str, object]:
         """What the model card says of this objective."""
@@ -74,7 +80,7 @@ class FeatureDynamicsObjective(FeatureObjective):
             "derivative": self.derivative_weight,
             "source": "ACL 2025 long.1125",  # `citation` is for arXiv
         }
-        return super().config() | settings
+        return super().config() | settings | ({"final norm": "before the heads"} if self.reads_final_norm else {})
 
     def bind(self, student: ModelShape, teacher: ModelShape) -> None:
         """Choose the layers; see `FeatureObjective.bind`."""
@@ -84,6 +90,13 @@ class FeatureDynamicsObjective(FeatureObjective):
                 f"vocabulary, but {' and '.join(headless)} has none that takes hidden states of a layer; use "
                 "HiddenStateObjective."
             )
+        without = [model.name for model in (student, teacher) if not model.has_final_norm]
+        if self.reads_final_norm and without:
+            raise ValueError(
+                f"`final_norm=True` needs the norm before the heads of {student.name} and {teacher.name}, but "
+                f"{' and '.join(without)} has none that is known; leave it out."
+            )
+        self._depths = student.num_layers, teacher.num_layers
         self.pairs = _at_least_two(layer_pairs(self.layer_mapping, self.num_pairs, student, teacher), student, teacher)
         self.student_layers = frozenset(pair[0] for pair in self.pairs)
         self.teacher_layers = frozenset(pair[1] for pair in self.pairs)
@@ -94,14 +107,29 @@ class FeatureDynamicsObjective(FeatureObjective):
             raise ValueError(
                 "`student.tokens` is missing, or `teacher.logits` with a head; ask a teacher for what `needs` names."
             )
+        ours, theirs = zip(*self.pairs, strict=True)
+        with torch.no_grad():
+            targets = self._entering_head(teacher, theirs, self._depths[1])
         trajectory, derivative = feature_dynamics(
-            [student.hidden[ours] for ours, _ in self.pairs],
+            self._entering_head(student, ours, self._depths[0]),
             student.logits.head,
-            [teacher.hidden[theirs] for _, theirs in self.pairs],
+            targets,
             teacher.logits.head,
             chunk_bytes=self.chunk_bytes,
         )
         return student.tokens.sum(self.trajectory_weight * trajectory + self.derivative_weight * derivative)
+
+    def _entering_head(
+        self, signals: StudentSignals | TeacherSignals, layers: Sequence[int], depth: int
+    ) -> list[Tensor]:
+        """Hidden states of some layers, after the final norm if it is asked for; the last layer's have passed it."""
+        if not self.reads_final_norm:
+            return [signals.hidden[layer] for layer in layers]
+        if signals.final_norm is None:
+            raise ValueError("`final_norm` of the signals is missing; ask for `Layers(final_norm=True)`.")
+        return [
+            signals.hidden[layer] if layer == depth else signals.final_norm(signals.hidden[layer]) for layer in layers
+        ]
 
 
 class HiddenDeltaObjective(HiddenStateObjective):

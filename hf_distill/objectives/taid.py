@@ -86,7 +86,7 @@ class TAIDInterpolation(nn.Module, Scheduled):
         decrease = (previous - loss) / (previous + 1e-15)
         self._average = self.momentum * self._average + (1 - self.momentum) * decrease
         alpha = min(ALPHA * max(1.0, ALPHA_STEPS / steps), 1.0) if self.alpha is None else self.alpha
-        share = 1 / (1 + math.exp(-self._average))
+        share = (1 + math.tanh(self._average / 2)) / 2  # the sigmoid, which would overflow after a leap of the loss
         self._next += alpha * share * (1 - self.value)
 
     def get_extra_state(self) -> Tensor:

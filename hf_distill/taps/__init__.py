@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hf_distill.signals import AttentionStates, Layers
+from hf_distill.anatomy import resolve_final_norm
+from hf_distill.signals import AttentionStates, Layers, Norm
 from hf_distill.taps.attention import AttentionTap, tap_attention
 from hf_distill.taps.hidden_states import HiddenStatesTap, tap_hidden_states
 from hf_distill.taps.last_hidden import LastHiddenTap, tap_head_input, tap_last_hidden
@@ -33,6 +34,7 @@ class LayersTap:
 
     _hidden: HiddenStatesTap
     _attention: AttentionTap
+    final_norm: Norm | None = None
 
     @property
     def hidden(self) -> dict[int, Tensor]:
@@ -47,6 +49,10 @@ class LayersTap:
 
 @contextmanager
 def tap_layers(model: nn.Module, layers: Layers) -> Iterator[LayersTap]:
-    """Record hidden states and attention of some layers at once; see `tap_hidden_states` and `tap_attention`."""
+    """Record hidden states and attention of some layers at once; see `tap_hidden_states` and `tap_attention`.
+
+    The final norm is that of now, also where an adapter is disabled for the call.
+    """
+    norm = resolve_final_norm(model) if layers.final_norm else None
     with tap_hidden_states(model, layers.hidden) as hidden, tap_attention(model, layers.attention) as attention:
-        yield LayersTap(hidden, attention)
+        yield LayersTap(hidden, attention, norm)

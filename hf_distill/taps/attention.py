@@ -15,14 +15,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_distill.anatomy import Anatomy, describe
-from hf_distill.attention_anatomy import attention_function, projections, uses_interface
+from hf_distill.attention_anatomy import TAPPED, attention_function, check_tappable, interface_modules, projections
 from hf_distill.signals import AttentionStates, Visibility
 from hf_distill.taps.limits import refuse_reentrant_checkpoints
 from hf_distill.taps.recorder import Recorder
 
 
-# The model's own implementation follows; "flash" stays part of the name, by which transformers knows it.
-PREFIX = "hf_distill_tap_"
 # What enters the scores besides queries, keys and the mask: learned sinks, relative positions.
 OTHER_SCORES = ("s_aux", "position_bias")
 
@@ -71,7 +69,8 @@ def tap_attention(model: nn.Module, layers: Collection[int]) -> Iterator[Attenti
             module = parts.layers[layer - 1]
             if module in _open_layers:
                 raise RuntimeError(f"Layer {layer} has an open `tap_attention` already: leave it first.")
-            listen = _listen_to_calls if uses_interface(module) else partial(_listen_to_projections, parts)
+            check_tappable(module)
+            listen = _listen_to_calls if interface_modules(module) else partial(_listen_to_projections, parts)
             stack.enter_context(listen(module, tap, layer))
         yield tap
 
@@ -85,7 +84,7 @@ _open_layers: WeakKeyDictionary[nn.Module, tuple[AttentionTap, int]] = WeakKeyDi
 def _listen_to_calls(layer: nn.Module, tap: AttentionTap, number: int) -> Iterator[None]:
     """Let the configs of a layer name the function that tells a tap what it was called with."""
     modules = list(layer.modules())
-    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    configs = {id(module.config): module.config for module in interface_modules(layer)}
     found = [(config, config._attn_implementation) for config in configs.values()]
     for _, own in found:
         _register(own)
@@ -102,20 +101,12 @@ def _listen_to_calls(layer: nn.Module, tap: AttentionTap, number: int) -> Iterat
 
 
 def _tapped_name(own: str) -> str:
-    return own if own.startswith(PREFIX) else PREFIX + own  # layers share a config, and two taps may share a model
+    # Layers share a config, and two taps may share a model. "flash" stays part of the name: transformers looks for it.
+    return own if own.startswith(TAPPED) else TAPPED + own
 
 
-def _register(own: str | None) -> None:
-    """Make the tapped name of an implementation known to transformers.
-
-    Raises:
-        ValueError: Which keys its queries see cannot be told.
-    """
-    if own is None or not (own in ("eager", "sdpa") or "flash" in own or own.startswith(PREFIX)):
-        raise ValueError(
-            f"The model's attention implementation is {own!r}, which cannot be tapped; load it with "
-            "`attn_implementation='sdpa'`, 'eager' or 'flash_attention_2'."
-        )
+def _register(own: str) -> None:
+    """Make the tapped name of an implementation known to transformers."""
     name = _tapped_name(own)
     if name in ALL_MASK_ATTENTION_FUNCTIONS:
         return

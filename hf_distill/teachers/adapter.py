@@ -64,7 +64,7 @@ class AdapterDisabledTeacher(Teacher):
         inputs = model_inputs(unwrap(self.model), batch)
         with torch.no_grad(), self._adapter_disabled():
             logits, read = read_signals(self.model, inputs, layers)
-        return TeacherSignals(logits if Signal.LOGITS in needs else None, read.hidden, read.attention)
+        return TeacherSignals(logits if Signal.LOGITS in needs else None, read.hidden, read.attention, read.final_norm)
 
     @contextmanager
     def _adapter_disabled(self) -> Iterator[None]:

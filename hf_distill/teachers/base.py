@@ -64,6 +64,7 @@ class Teacher(ABC):
         asked = Layers(
             hidden=layers.hidden if Signal.HIDDEN_STATES in needs else frozenset(),
             attention=layers.attention if Signal.ATTENTION in needs else frozenset(),
+            final_norm=layers.final_norm and Signal.HIDDEN_STATES in needs,
         )
         return self._signals(batch, frozenset(needs), asked)
 

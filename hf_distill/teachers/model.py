@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.anatomy import ModuleHead, resolve_head, shape_of, task_of, unwrap, vocabulary_size
+from hf_distill.anatomy import ModuleHead, learned_prompt, resolve_head, shape_of, task_of, unwrap, vocabulary_size
 from hf_distill.functional import LMHead
 from hf_distill.signals import Layers, ModelShape, Projection, Signal, TeacherSignals, identity
 from hf_distill.taps import LayersTap, tap_last_hidden, tap_layers
@@ -36,7 +36,7 @@ class ModelTeacher(Teacher):
         name: What it is called; `config.name_or_path` if None.
 
     Raises:
-        ValueError: The task cannot be told from the model.
+        ValueError: The task cannot be told from the model, or its adapter puts virtual tokens before the text.
 
     Example:
         ```python
@@ -50,6 +50,12 @@ class ModelTeacher(Teacher):
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None
     ) -> None:
+        kind = learned_prompt(model)
+        if kind not in (None, "PREFIX_TUNING"):  # a prefix adds no positions
+            raise ValueError(
+                f"The teacher has a {kind} adapter, whose virtual tokens have no counterpart in the student; use a "
+                "LoRA adapter or a full model as teacher."
+            )
         self._base = unwrap(model)
         self.task = task_of(self._base)
         self.model: nn.Module = model.requires_grad_(False).eval()
@@ -87,7 +93,7 @@ class ModelTeacher(Teacher):
 
     def shape(self) -> ModelShape:
         """Depth and width; see `Teacher.shape`."""
-        return shape_of(self._base, "teacher")
+        return shape_of(self.model, "teacher")  # not the base: an adapter may change what can be heard
 
     def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: Layers) -> TeacherSignals:
         home = batch["input_ids"].device
@@ -99,10 +105,14 @@ class ModelTeacher(Teacher):
         self.model.eval()  # somebody may have called .train() on a model that is theirs too
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             logits, read = read_signals(self.model, inputs, layers)
+        norm, norm_device = read.final_norm, logits.hidden.device  # what enters the head comes out of the norm
+        if norm is not None and norm_device != home:
+            norm = RemoteHead(norm, norm_device, home)
         return TeacherSignals(
             logits=_at_home(logits, home) if Signal.LOGITS in needs else None,
             hidden={layer: states.to(home) for layer, states in read.hidden.items()},
             attention={layer: states.to(home) for layer, states in read.attention.items()},
+            final_norm=norm,
         )
 
     def _only_known_tokens(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from hf_distill.anatomy import describe, unwrap
 
 @dataclass(frozen=True)
 class RemoteHead:
-    """A head on another device than the student: hidden states go there, logits come back.
+    """A head, or the norm before it, on another device than the student: hidden states go there, logits come back.
 
     Args:
         head: Maps hidden `[n, H]` on `device` to logits `[n, V]`.

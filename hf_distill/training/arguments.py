@@ -74,7 +74,8 @@ class DistillationArguments:
 
     def __post_init__(self) -> None:
         kwargs = self.divergence_kwargs
-        self.divergence_kwargs = kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+        kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+        self.divergence_kwargs = kwargs = None if kwargs is None else _numbers("divergence_kwargs", kwargs)
         if sum(check_weight(name, getattr(self, name)) for name in WEIGHTS) == 0:
             names = ", ".join(f"`{name}`" for name in WEIGHTS)
             raise ValueError(f"{names} are all 0, so nothing is trained; set one, e.g. `kd_weight=0.5`.")
@@ -108,6 +109,20 @@ class DistillationArguments:
             if getattr(self, "greater_is_better", None):
                 raise ValueError(f"`greater_is_better=True` with `metric_for_best_model={metric!r}`: lower is better.")
             self.greater_is_better = False
+
+
+def _numbers(field_name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose text is read as numbers: YAML takes 5e-4, which has no point, for text.
+
+    Raises:
+        ValueError: Text is no number.
+    """
+    try:
+        return {name: float(value) if isinstance(value, str) else value for name, value in settings.items()}
+    except ValueError as error:
+        raise ValueError(
+            f"`{field_name}` is {settings}; expected a number for each name, for example `{{'beta': 0.5}}`."
+        ) from error
 
 
 @dataclass

@@ -18,7 +18,7 @@ from hf_distill.functional import reduce_sum
 from hf_distill.objectives import LogitObjective, Objective, logit_loss
 from hf_distill.objectives.base import check_weight
 from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
-from hf_distill.signals import AttentionStates, Projection, Signal, StudentSignals, Targets, identity
+from hf_distill.signals import AttentionStates, Norm, Projection, Signal, StudentSignals, Targets, identity
 from hf_distill.taps import tap_head_input, tap_layers
 from hf_distill.teachers import Teacher
 from hf_distill.training.checks import check_parallelism, check_positions, check_teacher_type
@@ -45,6 +45,7 @@ class Heard:
     head_input: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionStates] = field(default_factory=dict)
+    final_norm: Norm | None = None
 
 
 class DistillationCallback(TrainerCallback):
@@ -170,7 +171,7 @@ class DistillationCallback(TrainerCallback):
                     f"{self._class.__name__}.compute_loss does not call the student with keyword arguments, so there "
                     "is nothing to distil; use KDTrainer or KDSFTTrainer."
                 )
-            heard.hidden, heard.attention = layers.hidden, layers.attention
+            heard.hidden, heard.attention, heard.final_norm = layers.hidden, layers.attention, layers.final_norm
         finally:
             for handle in handles:
                 handle.remove()
@@ -203,7 +204,9 @@ class DistillationCallback(TrainerCallback):
         needs = frozenset().union(*(objective.needs for objective in self.objectives))
         teacher, theirs = self.teacher.signals(inputs, needs, self.features.teacher_layers).at(targets, tokens)
         logits = self._projection(model, heard).at(targets.index)
-        student = StudentSignals(logits, targets.labels, heard.hidden, attention=heard.attention)
+        student = StudentSignals(
+            logits, targets.labels, heard.hidden, attention=heard.attention, final_norm=heard.final_norm
+        )
         compared = {choice: (student.at(kept), theirs[choice]) for choice, kept in tokens.items()}
         count = torch.tensor(len(targets), device=targets.labels.device)
         total, sums = torch.zeros((), device=count.device), {}

@@ -161,7 +161,9 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         teacher, theirs = self._teacher_signals(inputs, targets, tokens, training=model.training)
         with tap_layers(model, self._features.student_layers) as tap:
             outputs, logits = self._student_forward(model, inputs)
-        student = StudentSignals(logits.at(targets.index), targets.labels, tap.hidden, attention=tap.attention)
+        student = StudentSignals(
+            logits.at(targets.index), targets.labels, tap.hidden, attention=tap.attention, final_norm=tap.final_norm
+        )
         compared = {choice: (student.at(kept), theirs[choice]) for choice, kept in tokens.items()}
         with self.accelerator.autocast():
             result = logit_loss(self._logit_objectives, self.args.ce_weight, student, teacher, denominator=num_items)

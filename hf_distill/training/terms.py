@@ -101,6 +101,7 @@ class FeatureTerms(nn.Module):
         return Layers(
             hidden=frozenset().union(*(objective.student_layers for objective in features)),
             attention=frozenset().union(*(objective.student_attention for objective in features)),
+            final_norm=any(objective.reads_final_norm for objective in features),
         )
 
     @property
@@ -110,6 +111,7 @@ class FeatureTerms(nn.Module):
         return Layers(
             hidden=frozenset().union(*(objective.teacher_layers for objective in features)),
             attention=frozenset().union(*(objective.teacher_attention for objective in features)),
+            final_norm=any(objective.reads_final_norm for objective in features),
         )
 
     def bind(self, student: ModelShape, teacher: ModelShape) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -112,7 +114,9 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 
 FEW = ModelShape("student (A)", 2, 32, num_heads=3, num_kv_heads=3, head_dim=8)
-NO_MAPS = ModelShape("teacher (B)", 4, 48, has_attention_maps=False)
+REASON = "its maps are gone; use `loss='relations'`."
+NO_MAPS = ModelShape("teacher (B)", 4, 48, no_attention_maps={2: "another one", 4: REASON})
+DEAF = replace(STUDENT, no_attention={1: "another one", 2: "it is deaf; use the eager one."})
 
 
 @pytest.mark.parametrize(
@@ -127,12 +131,26 @@ NO_MAPS = ModelShape("teacher (B)", 4, 48, has_attention_maps=False)
         ),
         (STUDENT, TEACHER, {"layer_mapping": [(0, 1)]}, r"student \(A\) and the teacher \(B\); 0 is the embedding"),
         (STUDENT, TEACHER, {"layer_mapping": [(3, 1)]}, r"student \(A\), which has layers 1 to 2"),
-        (STUDENT, NO_MAPS, {"loss": "map_kl"}, r"cannot be had of the teacher \(B\).*loss='relations'"),
+        (
+            STUDENT,
+            NO_MAPS,
+            {"loss": "map_kl"},
+            r"the student \(A\) and the .* layer 4 cannot be had of the teacher \(B\): its maps are gone.*'relations'",
+        ),
+        (DEAF, TEACHER, {}, r"layer 2 cannot be had of the student \(A\): it is deaf; use the eager one"),
+        (DEAF, NO_MAPS, {"loss": "map_kl"}, "it is deaf"),
+        (replace(DEAF, no_attention_maps={2: "no maps"}), TEACHER, {"loss": "map_mse"}, "it is deaf"),
     ],
 )
 def test_models_that_do_not_fit_are_refused_naming_both(student, teacher, arguments, message):
     with pytest.raises(ValueError, match=message):
         bound(student, teacher, **arguments)
+
+
+def test_layers_that_are_not_compared_may_lack_attention():
+    hybrid = replace(DEAF, no_attention={1: "a convolution"})
+    assert bound(hybrid, NO_MAPS, layer_mapping=[(2, 3)], loss="map_kl").pairs == ((2, 3),)
+    assert bound(hybrid, NO_MAPS).pairs == ((2, 4),)
 
 
 def test_models_whose_heads_are_not_known_are_bound_for_relations():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,9 +15,12 @@ from hf_distill.signals import ModelShape, Projection, StudentSignals, TeacherSi
 TOKENS = 12
 
 
-def shapes(depths=(6, 12), widths=(8, 10), vocabularies=(20, 24)) -> list[ModelShape]:
+def shapes(depths=(6, 12), widths=(8, 10), vocabularies=(20, 24), has_final_norm=False) -> list[ModelShape]:
     sides = zip(("student", "teacher"), depths, widths, vocabularies, strict=True)
-    return [ModelShape(name, depth, width, vocab_size=size) for name, depth, width, size in sides]
+    return [
+        ModelShape(name, depth, width, vocab_size=size, has_final_norm=has_final_norm)
+        for name, depth, width, size in sides
+    ]
 
 
 def states(width: int, layers: int, seed: int) -> dict[int, torch.Tensor]:
@@ -58,6 +63,37 @@ def test_the_sum_is_that_of_both_parts_over_the_labels():
     )  # fmt: skip
     expected = ((0.5 * trajectory + 2.0 * derivative) * torch.linspace(0, 1, TOKENS)).sum()
     torch.testing.assert_close(objective(student, teacher), expected)
+
+
+def test_each_models_own_final_norm_comes_before_its_head_but_not_twice():
+    student, teacher = signals()
+    student, teacher = replace(student, final_norm=lambda h: h / 2), replace(teacher, final_norm=lambda h: h - 3)
+    objective, plain = (
+        FeatureDynamicsObjective(layer_mapping=[(0, 1), (6, 11)], final_norm=asked) for asked in (True, False)
+    )
+    for each in (objective, plain):
+        each.bind(*shapes(has_final_norm=True))
+    assert (objective.reads_final_norm, plain.reads_final_norm) == (True, False)
+    normed = [
+        replace(student, hidden={0: student.hidden[0] / 2, 6: student.hidden[6]}),
+        TeacherSignals(teacher.logits, {1: teacher.hidden[1] - 3, 11: teacher.hidden[11] - 3}),
+    ]
+    torch.testing.assert_close(objective(student, teacher), plain(*normed))
+    assert (plain(student, teacher) - plain(*normed)).abs() > 1e-2
+    assert objective.config() == plain.config() | {"final norm": "before the heads"}
+    with pytest.raises(ValueError, match="`final_norm`"):
+        objective(student, replace(teacher, final_norm=None))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_model_without_a_final_norm_is_refused_with_both_names_where_it_is_asked_for(side):
+    models = shapes(has_final_norm=True)
+    models[side] = replace(models[side], has_final_norm=False)
+    FeatureDynamicsObjective().bind(*models)
+    with pytest.raises(
+        ValueError, match=rf"heads of student and teacher, but {('student', 'teacher')[side]} has none"
+    ):
+        FeatureDynamicsObjective(final_norm=True).bind(*models)
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -45,10 +45,16 @@ def test_t_follows_the_rule_of_the_paper(alpha, end):
 
 
 def test_t_never_falls_and_ends_at_its_end():
-    values = run(TAIDInterpolation(alpha=0.3), [1.0, 9.0, 0.5, 80.0, 1.0, 1.0, 7.0, 1.0, 2.0, 1.0])
+    losses = [1.0, 9.0, 0.5, 80.0, 1.0, 1.0, 7.0, 1.0, 2.0, 1.0]
+    values = run(TAIDInterpolation(alpha=0.3, momentum=0.0), losses, steps=1000)  # where the line hardly rises
     assert values == sorted(values)
     assert values[0] == 0.4
-    assert values[-1] == 1.0
+    assert run(TAIDInterpolation(alpha=0.3), losses)[-1] == 1.0
+
+
+def test_a_loss_that_leaps_up_from_nearly_nothing_leaves_t_where_it_is():
+    values = run(TAIDInterpolation(alpha=0.3), [1.0, 1e-9, 5.0, 5.0], steps=10**9)
+    assert values[3] == pytest.approx(values[2])
 
 
 def test_a_falling_loss_moves_t_faster_than_a_rising_one():

@@ -19,7 +19,7 @@ from tests.attention_twins import naive_maps
 from tests.taps.test_last_hidden import IDS, assert_same_gradients, gradients, hooks
 
 
-FAMILIES = [*tiny.FAMILIES, "cohere", "granite"]
+FAMILIES = [*tiny.FAMILIES, "cohere", "cohere2", "gemma", "granite", "mixtral"]
 PADDED = {
     "left": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]),
     "right": torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]]),
@@ -27,12 +27,17 @@ PADDED = {
 }
 WINDOWS = {
     "mistral": {"sliding_window": 3},
+    "mixtral": {"sliding_window": 3},
     "qwen2": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+    "smollm3": {"use_sliding_window": True, "sliding_window": 3, "no_rope_layers": [1, 0]},
+    "cohere2": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma2": {"sliding_window": 3},
     "gemma3": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {"sliding_window": 3},
 }
 SOFTCAPS = {"gemma2": {"attn_logit_softcapping": 0.5}}
+EAGER_ONLY = ("gemma2",)  # transformers' SDPA has no softcap
 SHARP = {family: {"query_pre_attn_scalar": 8} for family in ("gemma2", "gemma3")}
 PACKED = {"input_ids": IDS.view(1, -1), "position_ids": torch.tensor([[*range(4), *range(3), *range(7)]])}
 
@@ -70,20 +75,24 @@ def assert_same_maps(model: nn.Module, real: torch.Tensor, **inputs) -> None:
         assert (maps * rows)[:, :, -2:].std() > 0.05  # far from uniform
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rebuilt_maps_are_those_of_eager_attention(family):
+def implementations(families) -> list[tuple[str, str]]:
+    names = {family: ["eager"] if family in EAGER_ONLY else ["eager", "sdpa"] for family in families}
+    return [(family, name) for family in families for name in names[family]]
+
+
+@pytest.mark.parametrize(("family", "implementation"), implementations(FAMILIES))
+def test_rebuilt_maps_are_those_of_eager_attention(family, implementation):
     model = build(family)
-    own = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
     for mask in PADDED.values():
         assert_same_maps(model, mask, input_ids=IDS, attention_mask=mask)
-    assert model.config._attn_implementation == own
-    model.set_attn_implementation("eager")
-    assert_same_maps(model, PADDED["left"], input_ids=IDS, attention_mask=PADDED["left"])
+    assert model.config._attn_implementation == implementation
 
 
-@pytest.mark.parametrize("family", WINDOWS)
-def test_sliding_windows_and_softcaps_are_those_of_the_layer(family):
+@pytest.mark.parametrize(("family", "implementation"), implementations(WINDOWS))
+def test_sliding_windows_and_softcaps_are_those_of_the_layer(family, implementation):
     model = build(family, **WINDOWS[family], **SOFTCAPS.get(family, {}))
+    model.set_attn_implementation(implementation)
     for mask in PADDED.values():
         assert_same_maps(model, mask, input_ids=IDS, attention_mask=mask)
     maps = {layer: naive_maps(states) for layer, states in tapped(model, input_ids=IDS).items()}
@@ -92,11 +101,8 @@ def test_sliding_windows_and_softcaps_are_those_of_the_layer(family):
         assert tapped(model, input_ids=IDS)[1].softcap == 0.5
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(("family", "implementation"), implementations(["llama", "gemma2", "gpt_neox"]))
 def test_packed_documents_do_not_see_each_other(family, implementation):
-    if (family, implementation) == ("gemma2", "sdpa"):
-        pytest.skip("transformers gives it no softcap")
     model = build(family)
     model.set_attn_implementation(implementation)
     assert_same_maps(model, torch.ones(1, 14), **PACKED, use_cache=False)

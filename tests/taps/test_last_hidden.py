@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_distill.anatomy import describe, output_head, resolve_head
+from hf_distill.anatomy import describe, output_head, resolve_final_norm, resolve_head
 from hf_distill.taps import tap_last_hidden
 from tests import tiny
 from tests.processes import run_on_two_ranks
@@ -198,11 +198,16 @@ def every_layout(rank: int) -> None:
 def compare_to_one_process(rank: int, how: str, tied: bool) -> None:
     model = tiny.model("llama", tie_word_embeddings=tied)
     twin = copy.deepcopy(model)
-    (cross_entropy(twin(input_ids=IDS).logits.flatten(0, 1), IDS.flatten())).backward()
+    # Hidden states of another layer pass the last norm outside of the model's forward.
+    others = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    loss = cross_entropy(twin(input_ids=IDS).logits.flatten(0, 1), IDS.flatten())
+    (loss + (twin.model.norm(others) ** 3).mean()).backward()
     shard(model, how, tied)
     for _ in range(2):
         model.zero_grad()
-        tapped_loss(model, IDS[rank : rank + 1]).backward()  # as many labels on both ranks: the mean of the means
+        norm = resolve_final_norm(model)
+        loss = tapped_loss(model, IDS[rank : rank + 1])  # as many labels on both ranks: the mean of the means
+        (loss + (norm(others[rank]) ** 3).mean()).backward()
     found = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     assert_same_gradients(found, gradients(twin))
 

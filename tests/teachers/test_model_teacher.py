@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from hf_distill.signals import Signal
@@ -190,6 +191,19 @@ def test_the_student_itself_is_refused_as_teacher_before_it_is_frozen():
     with pytest.raises(ValueError, match='teacher_model="base"'):
         check_not_student(student, ModelTeacher(student))
     check_not_student(tiny.model(), ModelTeacher(tiny.model()))
+
+
+def test_a_teacher_with_virtual_tokens_before_the_text_is_refused():
+    adapted = get_peft_model(tiny.model("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"PROMPT_TUNING adapter.*LoRA"):
+        ModelTeacher(adapted)
+
+
+def test_a_teacher_with_a_prefix_says_that_its_attention_cannot_be_heard():
+    adapted = get_peft_model(tiny.model("llama"), PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    shape = ModelTeacher(adapted).shape()
+    assert shape.no_attention.keys() == {1, 2}
+    assert "PREFIX_TUNING" in shape.no_attention[1]
 
 
 def test_tasks_that_differ_are_refused():

@@ -11,6 +11,7 @@ from hf_distill import KDConfig, KDSFTConfig
         ({"divergence": "foward_kl"}, "forward_kl"),
         ({"divergence": "jsd", "divergence_kwargs": {"beta": 2.0}}, "beta"),
         ({"divergence": "jsd", "divergence_kwargs": '{"gamma": 1}'}, "gamma"),
+        ({"divergence": "taid", "divergence_kwargs": {"alpha": "fast"}}, "`divergence_kwargs` is .*'fast'"),
         ({"ce_weight": -0.1}, "ce_weight"),
         ({"kd_weight": float("nan")}, "kd_weight"),
         ({"ce_weight": 0, "kd_weight": 0}, "all 0"),

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import HfArgumentParser
 
 from hf_distill import AttentionObjective, KDConfig, KDTrainer, ModelTeacher
@@ -134,3 +134,28 @@ def test_heads_that_do_not_fit_are_refused_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be had of the teacher \(GPTJForCausalLM\)"):
         make_trainer("kd", tmp_path, models=(models[0], teacher), attention_weight=0.1, attention_loss="map_kl")
     make_trainer("kd", tmp_path, models=(models[0], teacher), attention_weight=0.1)
+
+
+def unheard_models():
+    """Pairs of models, one of which cannot be tapped, and the loss for which it cannot."""
+    flex = tiny.model("llama", layers=1)
+    flex.config._attn_implementation_internal = "flex_attention"
+    prefix = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    llama, wide = tiny.model("llama", layers=1), tiny.model("llama", seed=1)
+    return {
+        "implementation": (flex, wide, "relations", r"of the student .*'flex_attention'.*'sdpa'"),
+        "prefix": (get_peft_model(llama, prefix), wide, "relations", r"of the student .*PREFIX_TUNING.*LoraConfig"),
+        "family": (llama, tiny.model("bloom"), "relations", r"of the teacher \(Bloom.*match hidden states instead"),
+        "sinks": (llama, tiny.model("gpt_oss"), "map_kl", r"of the teacher \(GptOss.*sinks.*loss='relations'"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["kd", "sft-callback"])
+@pytest.mark.parametrize("why", ["implementation", "prefix", "family", "sinks"])
+def test_attention_that_cannot_be_heard_is_refused_before_the_first_step(why, kind, tmp_path):
+    student, teacher, loss, message = unheard_models()[why]
+    settings = {"attention_weight": 0.1, "attention_loss": loss}
+    if kind != "kd":
+        settings = {"objectives": [AttentionObjective(0.1, loss=loss)]}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(kind, tmp_path, models=(student, teacher), **settings)

@@ -18,7 +18,7 @@ from tests.training.test_features import assert_projectors_resume, naive_distanc
 from tests.training.test_trainers import naive_loss
 
 
-def plain_trainer(task, tmp_path, **config):
+def plain_trainer(task, tmp_path, model=None, **config):
     """A `Trainer` for causal LM or classification, without a teacher."""
     tokenizer = tiny.tokenizer()
     if task == "causal_lm":
@@ -26,7 +26,7 @@ def plain_trainer(task, tmp_path, **config):
     else:
         data, collator = tiny.classification_dataset(), DataCollatorWithPadding(tokenizer)
     return Trainer(
-        tiny.model("llama", layers=2, task=task, num_labels=3),
+        model or tiny.model("llama", layers=2, task=task, num_labels=3),
         TrainingArguments(str(tmp_path), per_device_train_batch_size=4, **(COMMON | config)),
         train_dataset=data,
         data_collator=collator,

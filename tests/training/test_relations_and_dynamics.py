@@ -15,7 +15,7 @@ from tests import tiny
 from tests.functional.test_dynamics import naive_dynamics
 from tests.training.runs import COMMON, logged
 from tests.training.test_callback import loss_and_gradients, plain_trainer
-from tests.training.test_trainers import naive_loss
+from tests.training.test_trainers import kd_trainer, naive_loss
 
 
 def hidden_states(model, batch) -> tuple[torch.Tensor, ...]:
@@ -93,6 +93,59 @@ def test_a_callback_without_logit_objectives_gives_the_heads_to_those_that_need_
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(found, torch.autograd.grad(expected, list(student.parameters())), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def vocabulary_head(model):
+    """The logits of hidden states that have passed the final norm."""
+    config = model.config
+    if config.model_type == "gemma2":
+        cap = config.final_logit_softcapping
+        return lambda hidden: cap * torch.tanh(model.lm_head(hidden) / cap)
+    return lambda hidden: config.logit_scale * model.lm_head(hidden)
+
+
+@pytest.mark.parametrize("families", [("gemma2", "cohere"), ("cohere", "gemma2")])
+@pytest.mark.parametrize("way", ["trainer", "callback"])
+def test_the_final_norms_scales_and_softcaps_are_each_models_own(way, families, tmp_path):
+    special = {"gemma2": {"final_logit_softcapping": 2.0}, "cohere": {"logit_scale": 0.5}}
+    student = tiny.model(families[0], layers=3, **special[families[0]], initializer_range=0.3)
+    teacher = tiny.model(families[1], layers=5, seed=1, hidden_size=48, **special[families[1]], initializer_range=0.3)
+    for model in (student, teacher):
+        torch.nn.init.normal_(
+            model.model.norm.weight, generator=torch.Generator().manual_seed(model.config.hidden_size)
+        )
+    objective = FeatureDynamicsObjective(0.3, layer_mapping=[(1, 2), (2, 3), (3, 5)], final_norm=True)
+    if way == "trainer":
+        trainer = kd_trainer(
+            tmp_path, "causal_lm", student=student, teacher=teacher, objectives=[LogitObjective(0.5), objective]
+        )
+        batch = next(iter(trainer.get_train_dataloader()))
+        rest = naive_loss(student, teacher, batch, shift=True)
+    else:
+        trainer = plain_trainer("causal_lm", tmp_path, student)
+        batch = next(iter(trainer.get_train_dataloader()))
+        rest = trainer.compute_loss(student.train(), dict(batch))
+        trainer.add_callback(DistillationCallback(trainer, teacher, [objective]))
+    loss, found = loss_and_gradients(trainer, batch, list(student.parameters()))
+    ours, theirs = hidden_states(student, batch), hidden_states(teacher, batch)
+    ours = [student.model.norm(ours[1]), student.model.norm(ours[2]), ours[3]]
+    theirs = [teacher.model.norm(theirs[2]), teacher.model.norm(theirs[3]), theirs[5]]
+    trajectory, derivative = naive_dynamics(ours, vocabulary_head(student), theirs, vocabulary_head(teacher))
+    expected = rest + 0.3 * (trajectory + derivative).mean()
+    assert trajectory.min() > 0.01
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(expected, list(student.parameters()))
+    for name, mine, naive in zip(dict(student.named_parameters()), found, gradients, strict=True):
+        torch.testing.assert_close(mine, naive, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_model_without_a_final_norm_is_refused_before_the_first_step(tmp_path):
+    trainer = plain_trainer("causal_lm", tmp_path)
+    teacher = tiny.model("opt", layers=4, seed=1, do_layer_norm_before=False)
+    with pytest.raises(ValueError, match=r"but teacher \(OPTForCausalLM\) has none that is known"):
+        DistillationCallback(
+            trainer, teacher, [FeatureDynamicsObjective(layer_mapping=[(1, 2), (2, 4)], final_norm=True)]
+        )
 
 
 def test_a_classifier_has_no_dynamics_over_a_vocabulary(tmp_path):

@@ -36,7 +36,16 @@ def naive_loss(student, teacher, batch, *, shift, ce=0.5, kd=0.5):
 
 
 def kd_trainer(
-    tmp_path, task, family="llama", teacher_family=None, *, dataset=None, student=None, teacher=None, **config
+    tmp_path,
+    task,
+    family="llama",
+    teacher_family=None,
+    *,
+    dataset=None,
+    student=None,
+    teacher=None,
+    objectives=None,
+    **config,
 ):
     student = student or tiny.model(family, layers=1, task=task, num_labels=3)
     teacher = teacher or tiny.model(teacher_family or family, layers=2, task=task, seed=1, num_labels=3)
@@ -55,6 +64,7 @@ def kd_trainer(
         student,
         teacher,
         KDConfig(str(tmp_path), per_device_train_batch_size=4, **(COMMON | config)),
+        objectives=objectives,
         train_dataset=rows,
         eval_dataset=rows,
         data_collator=collators[task](),
