@@ -48,8 +48,8 @@ def check_folder(folder: Path) -> None:
     others = [path for path in files_of(folder) if path.endswith(OTHER_WEIGHTS) and path not in own]
     if others:
         raise ValueError(
-            f"{folder} holds weights that are not the model's: {others}. Move them out, so that no teacher and no half "
-            "of a save is published."
+            f"{folder} holds weights that are not the model's: {others}. Move them out, so that no teacher and no "
+            "half of a save is published."
         )
 
 

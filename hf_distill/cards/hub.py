@@ -69,7 +69,8 @@ def push_distilled(
         repo_id: `name` or `organisation/name`.
         report: Retention against the teacher, also written as `retention.json`.
         tokenizer: Saved beside the model.
-        card: What the card says; without one, and without a report, a `README.md` of the folder stays.
+        card: What the card says. Without one a `README.md` of the folder stays, and a model gets one that says what its
+            config and the report do.
         folder: Where a model is saved; a temporary folder if None.
         private: Whether a new repository is.
         revision: A branch, which is created where it is missing; the main one if None.
@@ -101,11 +102,11 @@ def push_distilled(
 
 
 def _document(folder: Path, repo_id: str, report: RetentionReport | None, card: DistillationCard | None) -> None:
-    """Write report and card beside the model; its own card stays where there is nothing to say instead."""
+    """Write report and card beside the model; a card that somebody wrote there stays unless another is given."""
     if report is not None:
         report.save(folder / REPORT_FILE)
     own = folder / "README.md"
-    if card is None and (report is not None or not own.exists() or PEFT_CARD in own.read_text(encoding="utf-8")):
+    if card is None and (not own.exists() or PEFT_CARD in own.read_text(encoding="utf-8")):
         config = json.loads(next(path for name in CONFIGS if (path := folder / name).exists()).read_text())
         card = DistillationCard(
             name=repo_id.split("/")[-1],
