@@ -69,8 +69,8 @@ def push_distilled(
         repo_id: `name` or `organisation/name`.
         report: Retention against the teacher, also written as `retention.json`.
         tokenizer: Saved beside the model.
-        card: What the card says. Without one a `README.md` of the folder stays, and a model gets one that says what its
-            config and the report do.
+        card: What the card says. Without one a `README.md` of the folder stays, and a model gets one that says what
+            its config and the report do.
         folder: Where a model is saved; a temporary folder if None.
         private: Whether a new repository is.
         revision: A branch, which is created where it is missing; the main one if None.
