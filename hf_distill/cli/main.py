@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_distill.cli import cache, push
+from hf_distill.cli import cache, plan, push
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser("hf-distill", description="Knowledge distillation for Trainer and TRL.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (cache, push):
+    for command in (cache, plan, push):
         command.add_to(commands)
     options = parser.parse_args(arguments)
     try:
