@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_distill.cli import cache, plan, push
+from hf_distill.cli import cache, plan, push, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,9 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser("hf-distill", description="Knowledge distillation for Trainer and TRL.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (cache, plan, push):
+    for command in (train, cache, plan, push):
         command.add_to(commands)
-    options = parser.parse_args(arguments)
+    options, options.flags = parser.parse_known_args(arguments)
+    if options.flags and not getattr(options, "takes_flags", False):
+        parser.error(f"unrecognized arguments: {' '.join(options.flags)}")
     try:
         return options.run(options) or 0
     except (ValueError, OSError) as error:
