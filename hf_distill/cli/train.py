@@ -16,8 +16,8 @@ A distillation by `KDSFTTrainer`, from flags, or from a YAML file of them by --c
   --output_dir FOLDER                of the student, its card and its report
 
 and every field of KDSFTConfig (learning_rate, kd_weight, temperature, divergence, push_to_hub, ...), of TRL's
-ScriptArguments and of its ModelConfig (use_peft, lora_r, dtype, ...). `accelerate launch -m hf_distill.cli.main train ...`
-runs it on several GPUs."""
+ScriptArguments and of its ModelConfig (use_peft, lora_r, dtype, ...). On several GPUs:
+`accelerate launch -m hf_distill.cli.main train ...`."""
 
 
 def add_to(commands: Any) -> None:
