@@ -39,7 +39,7 @@ def test_the_report_is_that_of_the_library_and_goes_into_the_card(models, tmp_pa
 
 def test_classifiers_get_their_own_metrics(tmp_path):
     for name, seed in (("student", 0), ("teacher", 1)):
-        tiny.classifier(seed=seed).save_pretrained(tmp_path / name)
+        tiny.model("bert", task="sequence_classification", seed=seed, num_labels=3).save_pretrained(tmp_path / name)
     tiny.classification_dataset(6).to_json(tmp_path / "rows.jsonl")
     arguments = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
     arguments += ["--dataset", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "report.json")]
