@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.functional.divergences import adaptive_weights, log_interpolated
-from hf_distill.functional.softmax import Softmax
+from hf_distill.functional.softmax import Softmax, exponentials, row_dots
 
 
 if TYPE_CHECKING:
@@ -68,6 +68,10 @@ class Tile:
         """Teacher's probabilities."""
         return self.teacher.probs
 
+    def dots(self, a: Tensor, b: Tensor) -> Tensor:
+        """`(a * b).sum(-1)`, `[n]`."""
+        return row_dots(a, b, self.spare("products"))
+
     @cached_property
     def gap(self) -> Tensor:
         """`log_p - log_q`."""
@@ -81,7 +85,7 @@ class Tile:
     @cached_property
     def reverse_kl(self) -> Tensor:
         """KL(q || p), `[n]`."""
-        return -torch.linalg.vecdot(self.q, self.gap)
+        return -self.dots(self.q, self.gap)
 
     def evaluate(self, divergence: BoundDivergence, pull: Tensor | None, factor: float) -> Result:
         """The value of a divergence and the row sums of what it adds to `pull`."""
@@ -128,9 +132,9 @@ def symmetric_kl(tile: Tile, pull: Tensor | None, factor: float, /, *, weight: f
 def jsd(tile: Tile, pull: Tensor | None, factor: float, /, *, beta: float) -> Result:
     """Both KL to the mixture m = beta * p + (1 - beta) * q: w = (1 - beta) * q * (log q - log m)."""
     log_m = tile.mixture(beta).log_()
-    teacher = torch.linalg.vecdot(tile.p, torch.sub(tile.log_p, log_m, out=tile.spare("ratio")))
+    teacher = tile.dots(tile.p, torch.sub(tile.log_p, log_m, out=tile.spare("ratio")))
     log_ratio = torch.sub(tile.log_q, log_m, out=log_m)
-    student = torch.linalg.vecdot(tile.q, log_ratio)
+    student = tile.dots(tile.q, log_ratio)
     if pull is not None:
         pull.addcmul_(tile.q, log_ratio, value=factor * (1 - beta))
     return beta * teacher + (1 - beta) * student, factor * (1 - beta) * student
@@ -143,8 +147,8 @@ def skew_kl(tile: Tile, pull: Tensor | None, factor: float, /, *, skew: float) -
     if pull is not None:
         ratio = torch.div(tile.p, mixed, out=tile.spare("ratio"))
         pull.addcmul_(tile.q, ratio, value=-factor * (1 - skew))
-        row_sum = -factor * (1 - skew) * torch.linalg.vecdot(tile.q, ratio)
-    return torch.linalg.vecdot(tile.p, torch.sub(tile.log_p, mixed.log_(), out=mixed)), row_sum
+        row_sum = -factor * (1 - skew) * tile.dots(tile.q, ratio)
+    return tile.dots(tile.p, torch.sub(tile.log_p, mixed.log_(), out=mixed)), row_sum
 
 
 def skew_reverse_kl(tile: Tile, pull: Tensor | None, factor: float, /, *, skew: float) -> Result:
@@ -152,12 +156,12 @@ def skew_reverse_kl(tile: Tile, pull: Tensor | None, factor: float, /, *, skew: 
     mixed = tile.mixture(1 - skew)
     share = torch.div(tile.q, mixed, out=tile.spare("ratio")).mul_(skew)
     log_ratio = torch.sub(tile.log_q, mixed.log_(), out=mixed)
-    value = torch.linalg.vecdot(tile.q, log_ratio)
+    value = tile.dots(tile.q, log_ratio)
     if pull is None:
         return value, 0.0
     slope = log_ratio.sub_(share)
     pull.addcmul_(tile.q, slope, value=factor)
-    return value, factor * torch.linalg.vecdot(tile.q, slope)
+    return value, factor * tile.dots(tile.q, slope)
 
 
 def adaptive_kl(tile: Tile, pull: Tensor | None, factor: float, /, *, mass: float) -> Result:
@@ -174,18 +178,18 @@ def tvd(tile: Tile, pull: Tensor | None, factor: float, /) -> Result:
     """0.5 * sum |p - q|: w = -0.5 * q * sign(p - q)."""
     difference = torch.sub(tile.p, tile.q, out=tile.spare("mixture"))
     sign = torch.sign(difference, out=tile.spare("ratio"))
-    value = 0.5 * torch.linalg.vecdot(sign, difference)
+    value = 0.5 * tile.dots(sign, difference)
     if pull is None:
         return value, 0.0
     pull.addcmul_(tile.q, sign, value=-0.5 * factor)
-    return value, -0.5 * factor * torch.linalg.vecdot(tile.q, sign)
+    return value, -0.5 * factor * tile.dots(tile.q, sign)
 
 
 def taid(tile: Tile, pull: Tensor | None, factor: float, /, *, t: float) -> Result:
     """KL(p_t || q), p_t fixed: w = -p_t. Notes the entropy of p_t."""
     log_target = log_interpolated(tile.log_q, tile.log_p, t)
-    target = torch.exp(log_target, out=tile.spare("mixture"))
-    tile.noted["target_entropy"] = -torch.linalg.vecdot(target, log_target)
+    target = exponentials(log_target, tile.spare("mixture"))
+    tile.noted["target_entropy"] = -tile.dots(target, log_target)
     if pull is not None:
         pull.sub_(target, alpha=factor)
-    return torch.linalg.vecdot(target, torch.sub(log_target, tile.log_q, out=tile.spare("ratio"))), -factor
+    return tile.dots(target, torch.sub(log_target, tile.log_q, out=tile.spare("ratio"))), -factor

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from hf_distill.functional.closed_forms import Tile
 from hf_distill.functional.softmax import Softmax
+
+
+# Gives the buffer of a name, with this many rows and columns.
+Buffer = Callable[[str, int, int], Tensor]
 
 
 def likelihood(side: str, of: Softmax, metrics: Sequence[str], labels: Tensor) -> dict[str, Tensor]:
@@ -20,16 +23,15 @@ def likelihood(side: str, of: Softmax, metrics: Sequence[str], labels: Tensor) -
     return values
 
 
-def at_temperature_(
-    logits: Tensor, at_one: Softmax | None, temperature: float, buffer: Callable[[int, int], Tensor]
-) -> Softmax:
-    """The distribution of `logits` `[n, V]` at a temperature, in place.
+def at_temperature_(logits: Tensor, at_one: Softmax | None, temperature: float, buffer: Buffer, name: str) -> Softmax:
+    """The distribution of `logits` `[n, V]` at a temperature, in place and in the buffer of a name.
 
     `at_one` is that at T = 1 over a width that may be greater, whose logits are those; it is taken where it fits.
     """
     if at_one is None or at_one.shape != logits.shape:
-        return Softmax(logits.mul_(1 / temperature) if temperature != 1.0 else logits, buffer(*logits.shape))
-    return at_one if temperature == 1.0 else at_one.at_(temperature, buffer(*logits.shape))
+        scaled = logits.mul_(1 / temperature) if temperature != 1.0 else logits
+        return Softmax(scaled, buffer(name, *logits.shape), products=buffer("products", *logits.shape))
+    return at_one if temperature == 1.0 else at_one.at_(temperature, buffer(name, *logits.shape))
 
 
 def first_max(values: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
@@ -66,7 +68,7 @@ class DenseBlock:
         buffer: Gives the buffer of a name, with this many rows and columns.
     """
 
-    def __init__(self, logits: Tensor, shared: int, buffer: Callable[[str, int, int], Tensor]) -> None:
+    def __init__(self, logits: Tensor, shared: int, buffer: Buffer) -> None:
         self._logits = logits
         self._shared = logits[:, :shared]
         self._buffer = buffer
@@ -82,10 +84,11 @@ class DenseBlock:
         """What does not depend on the student, `[n]` by name."""
         if not {"teacher_nll", "teacher_entropy"} & set(names):
             return {}
-        self._at_one = Softmax(self._logits, self._buffer("teacher_probs", *self._logits.shape), self._top)
+        probs, products = (self._buffer(name, *self._logits.shape) for name in ("teacher_probs", "products"))
+        self._at_one = Softmax(self._logits, probs, self._top, products=products)
         return likelihood("teacher", self._at_one, names, labels)
 
     def compare(self, student: Softmax, temperature: float) -> Tile:
         """Both distributions at a temperature; the student's is `[n, V]` over the shared vocabulary."""
-        teacher = at_temperature_(self._shared, self._at_one, temperature, partial(self._buffer, "p"))
+        teacher = at_temperature_(self._shared, self._at_one, temperature, self._buffer, "p")
         return Tile(student, teacher, spare=lambda name: self._buffer(name, *student.shape))

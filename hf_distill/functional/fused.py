@@ -235,11 +235,11 @@ def is_trained(head: Head) -> bool:
 
 
 def chunk_rows(count: int, bytes_per_row: int, chunk_bytes: int | None, *, trained_head: bool) -> int:
-    """Rows per chunk: what the budget allows between 128 (thinner products are slow) and 768, in even chunks."""
+    """Rows per chunk: what the budget allows between 128 (thinner products are slow) and 1024, in even chunks."""
     budget = chunk_bytes
     if budget is None:
         budget = TRAINED_CHUNK_BYTES if trained_head else FROZEN_CHUNK_BYTES
-    rows = min(max(budget // bytes_per_row, 128), 768)
+    rows = min(max(budget // bytes_per_row, 128), 1024)
     return max(math.ceil(count / max(math.ceil(count / rows), 1)), 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,10 @@ from hf_distill.functional.recipe import Recipe
 from hf_distill.functional.softmax import statistics_dtype
 from hf_distill.functional.sparse import SparseLogits
 from hf_distill.functional.tile import TileLoss, refuse_double_backward
+
+
+# Elements of a head's gradient that are converted at once.
+_AT_ONCE = 2**19
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class _Pass:
     def __init__(self, job: LinearJob, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
         student = _Projector(hidden, job.student_head, job.rows)
         teacher = _Projector(*job.teacher, job.rows) if isinstance(job.teacher, tuple) else job.teacher
-        self._start_gradients(student, needs)
+        self._start_gradients(student, needs, job.labels.numel())
         # The projectors have taken autocast's dtype; the statistics must not.
         with torch.autocast(hidden.device.type, enabled=False):
             self._run(job, student, teacher, any(needs))
@@ -146,21 +151,25 @@ class _Pass:
         self.sums = tiles.sums()
         self.loss = tiles.total(self.sums) * job.factor
 
-    def _start_gradients(self, student: _Projector, needs: tuple[bool, bool, bool]) -> None:
+    def _start_gradients(self, student: _Projector, needs: tuple[bool, bool, bool], count: int) -> None:
         weight = student.head.weight
         dtype = statistics_dtype(weight.dtype)
         self.grad_hidden = torch.zeros_like(student.hidden) if needs[0] else None
-        self.grad_weight = weight.new_zeros(weight.shape, dtype=dtype) if needs[1] else None
         self.grad_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if needs[2] else None
         # The product of a chunk in low precision, before it is added in fp32; CUDA adds it without rounding it first.
         rounds = dtype != weight.dtype and not weight.is_cuda
+        start = weight.new_empty if rounds and count else weight.new_zeros  # the first product is copied
+        self.grad_weight = start(weight.shape, dtype=dtype) if needs[1] else None
         self._product = torch.empty_like(weight) if needs[1] and rounds else None
 
     def _add_gradients(self, student: _Projector, part: slice, gradient: Tensor) -> None:
         if self.grad_hidden is not None:
             torch.mm(gradient, student.head.weight, out=self.grad_hidden[part])
         if self._product is not None and self.grad_weight is not None:
-            self.grad_weight.add_(torch.mm(gradient.t(), student.hidden[part], out=self._product))
+            added = torch.mm(gradient.t(), student.hidden[part], out=self._product)
+            add = Tensor.add_ if part.start else Tensor.copy_
+            for total, product in _by_rows(self.grad_weight, added):
+                add(total, product)
         elif self.grad_weight is not None and gradient.dtype != self.grad_weight.dtype:
             total = self.grad_weight
             torch.addmm(total, gradient.t(), student.hidden[part], out_dtype=total.dtype, out=total)
@@ -175,12 +184,20 @@ class _Pass:
         if self.grad_hidden is not None:
             self.grad_hidden = self.grad_hidden.mul_(factor).to(hidden.dtype)
         if self.grad_weight is not None:
-            self.grad_weight = self._result(self.grad_weight.mul_(factor), head.weight.dtype)
+            self.grad_weight = self._result(self.grad_weight, factor, head.weight.dtype)
         if self.grad_bias is not None and head.bias is not None:
             self.grad_bias = self.grad_bias.mul_(factor).to(head.bias.dtype)
 
-    def _result(self, grad_weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The gradient in its final dtype, in the buffer of the products where that fits: it has served."""
-        if self._product is not None and self._product.dtype == dtype:
-            return self._product.copy_(grad_weight)
-        return grad_weight.to(dtype)
+    def _result(self, grad_weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient times a factor in its final dtype, in the buffer of the products where that fits."""
+        if self._product is None or self._product.dtype != dtype:
+            return grad_weight.mul_(factor).to(dtype)
+        for total, result in _by_rows(grad_weight, self._product):
+            result.copy_(total.mul_(factor))
+        return self._product
+
+
+def _by_rows(*weights: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of `[V, H]` tensors at a time: converting them all at once would make a copy of all."""
+    rows = max(_AT_ONCE // weights[0].shape[1], 1)
+    return zip(*(weight.split(rows) for weight in weights), strict=True)

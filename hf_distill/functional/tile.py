@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -148,7 +147,8 @@ class TileLoss:
             values["top1_agreement"] = choice == teacher.top()
         at_one = None
         if self._full_student:
-            at_one = Softmax(student, self._buffer("student_probs", *student.shape), top)
+            probs, products = (self._buffer(name, *student.shape) for name in ("student_probs", "products"))
+            at_one = Softmax(student, probs, top, products=products)
             values |= likelihood("student", at_one, metrics, labels)
         if teacher is not None:
             values |= teacher.metrics(metrics, labels)
@@ -189,7 +189,7 @@ class TileLoss:
     ) -> Tile | SparseTile:
         """Both distributions over the shared vocabulary at a temperature; `at_one` is the student's at T = 1."""
         shared = student[:, : self.shared]
-        return teacher.compare(at_temperature_(shared, at_one, temperature, partial(self._buffer, "q")), temperature)
+        return teacher.compare(at_temperature_(shared, at_one, temperature, self._buffer, "q"), temperature)
 
     def _start_pull(
         self, student: Tensor, at_one: Softmax | None, tile: Tile | SparseTile | None, labels: Tensor, wanted: bool

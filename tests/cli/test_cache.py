@@ -83,9 +83,10 @@ def test_texts_and_chats_become_the_rows_that_the_trainer_will_ask_for(tmp_path,
     examples.to_json(tmp_path / "rows.jsonl")
     arguments = ["--teacher", teacher, "--dataset", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]
     assert main(["cache", "build", *arguments, "--k", "7", *given]) == 0
-    args = KDSFTConfig(tmp_path / "run", teacher_cache=str(tmp_path / "out"), bf16=False, report_to="none", **fields)
+    fixed = {"bf16": False, "use_cpu": True, "report_to": "none", "max_steps": 1, "save_strategy": "no"}
+    args = KDSFTConfig(str(tmp_path / "run"), teacher_cache=str(tmp_path / "out"), **fixed, **fields)
     data = {"train_dataset": examples, "processing_class": tiny.tokenizer()}
-    trainer = KDSFTTrainer(tiny.model("llama", seed=1), args, **data)
+    trainer = KDSFTTrainer(tiny.model("llama", seed=1), args=args, **data)
     rows = [row for example in trainer.train_dataset for row in rows_of(example)]
     reader = CacheReader(tmp_path / "out")
     assert [(row.ids.tolist(), row.kept.tolist()) for row in reader.rows()] == [

@@ -272,10 +272,10 @@ def test_heads_that_make_no_sense_raise(weight, rest, message):
         LMHead(weight, **rest)
 
 
-def test_chunks_follow_the_budget_between_128_and_768_rows_and_are_even():
+def test_chunks_follow_the_budget_between_128_and_1024_rows_and_are_even():
     trained, frozen = partial(chunk_rows, trained_head=True), partial(chunk_rows, trained_head=False)
     row = 2 * 49152 * 2
-    assert trained(4096, row, None) == math.ceil(4096 / 6)
+    assert trained(4096, row, None) == 1024
     assert trained(4096, 2 * 128256 * 4, None) == math.ceil(4096 / math.ceil(4096 / 261))
     assert trained(1030, row, None) == 515
     assert trained(5, row, None) == 5

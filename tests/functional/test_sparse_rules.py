@@ -20,7 +20,7 @@ def test_no_buffer_of_the_vocabulary_belongs_to_the_teacher(monkeypatch):
     terms = {"ce": 0.5} | dict.fromkeys(COARSE, 0.1)
     metrics = ("kl", "teacher_nll", "teacher_entropy", "top1_agreement")
     case.fused(terms=terms, temperature=2.0, teacher_targets=top(case, 9), metrics=metrics)
-    assert seen == {"student_probs", "q"}  # fp32 logits of the student stay where they are
+    assert seen == {"student_probs", "q", "products"}  # fp32 logits of the student stay where they are
 
 
 def test_a_batch_without_labels_gives_a_zero():
