@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_distill.cards.data import DistillationCard, installed_versions
@@ -95,7 +95,7 @@ def push_distilled(
         try:
             commit = _upload(api, repo_id, path, revision, create_pr, private, commit_message)
             _check_arrived(api, commit, path)
-        except NETWORK_ERROR as error:
+        except (NETWORK_ERROR, LocalEntryNotFoundError) as error:
             stays = folder is not None or isinstance(model, (str, Path))
             raise ConnectionError(_remedy(error, repo_id, path, stays=stays)) from error
         return Pushed(commit.repo_url.repo_id, commit.oid, commit.pr_url or commit.commit_url, tuple(files_of(path)))
@@ -176,9 +176,7 @@ def _check_arrived(api: HfApi, commit: CommitInfo, folder: Path) -> None:
     """
     with tempfile.TemporaryDirectory() as temporary:
         for path in files_of(folder):
-            arrived = api.hf_hub_download(
-                commit.repo_url.repo_id, path, revision=commit.oid, cache_dir=temporary, force_download=True
-            )
+            arrived = api.hf_hub_download(commit.repo_url.repo_id, path, revision=commit.oid, cache_dir=temporary)
             if _digest(Path(arrived)) != _digest(folder / path):
                 raise ConnectionError(f"{path} on the Hub is not the one that was pushed; push again.")
             Path(arrived).resolve().unlink()
@@ -203,4 +201,4 @@ def _remedy(error: Exception, repo_id: str, folder: Path, *, stays: bool) -> str
         if stays
         else ("Push again; with `folder=` what was saved stays.")
     )
-    return f"{repo_id} was not pushed: {why}. {rest}"
+    return f"The push of {repo_id} was not finished: {why}. {rest}"

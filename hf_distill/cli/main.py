@@ -18,9 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (train, cache, plan, evaluate, card, push):
         command.add_to(commands)
-    options, options.flags = parser.parse_known_args(arguments)
-    if options.flags and not getattr(options, "takes_flags", False):
-        parser.error(f"unrecognized arguments: {' '.join(options.flags)}")
+    options, flags = parser.parse_known_args(arguments)
+    if getattr(options, "takes_flags", False):
+        options.flags = flags
+    elif flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         return options.run(options) or 0
     except (ValueError, OSError) as error:

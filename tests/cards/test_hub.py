@@ -26,14 +26,20 @@ REPORT = RetentionReport((ROW,), 0.8, 0.95)
 CARD = DistillationCard(name="student", teacher="org/teacher")
 
 
+def talk_to(url, monkeypatch):
+    """The client reads its settings when it is imported."""
+    resolve = "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in (("HF_HUB_OFFLINE", False), ("ENDPOINT", url), ("HUGGINGFACE_CO_URL_TEMPLATE", url + resolve)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A server that the client of this process talks to, at once instead of after pauses."""
     with local_hub() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        talk_to(server.url, monkeypatch)
         yield server
 
 
@@ -116,11 +122,11 @@ def test_a_branch_is_made_and_pushed_to(hub, folder):
         ("/repos/create", 401, "refused the token"),
         ("/commit/", 403, "refused the token"),
         ("/commit/", 500, "answered with status 500"),
-        ("/resolve/", 500, "was not pushed"),
+        ("/resolve/", 500, "was not finished"),
     ],
 )
 def test_a_fault_of_the_network_leaves_the_folder_and_a_second_call_finishes(hub, tmp_path, where, status, message):
-    hub.faults[where] = [status] * 6
+    hub.faults[where] = [status] * 50
     folder = tmp_path / "student"
     with pytest.raises(ConnectionError, match=message) as error:
         push_distilled(tiny.model("llama"), "me/student", REPORT, tiny.tokenizer(), card=CARD, folder=folder)
@@ -131,9 +137,7 @@ def test_a_fault_of_the_network_leaves_the_folder_and_a_second_call_finishes(hub
 
 
 def test_a_refused_connection_is_said_in_a_line(folder, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    talk_to("http://127.0.0.1:9", monkeypatch)
     assert main(["push", str(folder), "me/student"]) == 2
     assert "could not be reached" in capsys.readouterr().err
 
