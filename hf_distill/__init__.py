@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_distill.cache import RemoteTeacher
+    from hf_distill.cards import push_distilled
     from hf_distill.evaluation import RetentionReport, evaluate_retention
     from hf_distill.objectives import AttentionObjective, HiddenStateObjective, LogitObjective, RelationObjective
     from hf_distill.teachers import CachedTeacher, ModelTeacher, load_teacher
@@ -37,6 +38,7 @@ __all__ = [
     "RetentionReport",
     "evaluate_retention",
     "load_teacher",
+    "push_distilled",
 ]
 
 # Public name -> the module that defines it, imported when the name is first used.
@@ -57,6 +59,7 @@ _MODULES = {
     "RetentionReport": "hf_distill.evaluation",
     "evaluate_retention": "hf_distill.evaluation",
     "load_teacher": "hf_distill.teachers",
+    "push_distilled": "hf_distill.cards",
 }
 
 

@@ -1,8 +1,9 @@
-"""A small Hub on 127.0.0.1: enough of its HTTP API for the real client to push a folder to it."""
+"""A small Hub on 127.0.0.1: enough of its HTTP API for the real client to push a folder to it, and to pull it."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -10,12 +11,21 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+COMMIT = "0" * 40
+
+
 class LocalHub(ThreadingHTTPServer):
-    """Keeps the files of every commit in `files`, by repository and path."""
+    """Keeps the files of all commits in `files`, by repository and path.
+
+    `faults` are statuses that the next requests whose path holds a word are answered with, by that word; `requests`
+    are methods and paths.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
+        self.faults: dict[str, list[int]] = {}
+        self.requests: list[str] = []
 
     @property
     def url(self) -> str:
@@ -38,14 +48,42 @@ def local_hub() -> Iterator[LocalHub]:
 class _Handler(BaseHTTPRequestHandler):
     server: LocalHub
 
+    def do_HEAD(self) -> None:
+        self._resolve()
+
     def do_GET(self) -> None:
-        if self.path == "/api/whoami-v2":
+        if "/resolve/" in self.path:
+            self._resolve()
+        elif self._fails():
+            return
+        elif self.path == "/api/whoami-v2":
             self._answer({"name": "user", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
         else:
             self._answer({"error": "not found"}, 404)
 
+    def _resolve(self) -> None:
+        if self._fails():
+            return
+        repository, path = self.path.removeprefix("/").split("/resolve/")
+        content = self.server.files.get(repository, {}).get(path.split("/", 1)[1])
+        if content is None:
+            self._answer({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        else:
+            facts = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+            self._send(content, 200, facts | {"Content-Type": "application/octet-stream"})
+
+    def _fails(self) -> bool:
+        """Answer with the next planted fault, if there is one for this path."""
+        self.server.requests.append(f"{self.command} {self.path}")
+        planned = next((codes for word, codes in self.server.faults.items() if word in self.path and codes), None)
+        if planned:
+            self._answer({"error": "planted"}, planned.pop(0))
+        return planned is not None
+
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self._fails():
+            return
         if self.path == "/api/repos/create":
             request = json.loads(body)
             name = (
@@ -66,18 +104,26 @@ class _Handler(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.server.files[repository][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            commit = "0" * 40
-            self._answer({"commitOid": commit, "commitUrl": f"{self.server.url}/{repository}/commit/{commit}"})
+            facts = {"commitOid": COMMIT, "commitUrl": f"{self.server.url}/{repository}/commit/{COMMIT}"}
+            if "create_pr=1" in self.path:
+                facts["pullRequestUrl"] = f"{self.server.url}/{repository}/discussions/1"
+            self._answer(facts)
+        elif "/branch/" in self.path:
+            self._answer({})
         else:
             self._answer({"error": "not found"}, 404)
 
-    def _answer(self, payload: dict, status: int = 200) -> None:
-        content = json.dumps(payload).encode()
+    def _answer(self, payload: dict, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self._send(json.dumps(payload).encode(), status, {"Content-Type": "application/json"} | (headers or {}))
+
+    def _send(self, content: bytes, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, *arguments: object) -> None:
         """Say nothing."""

@@ -70,7 +70,7 @@ class DistillationCard:
 
     Args:
         name: The model's own name.
-        teacher: A Hub id, a folder (only its name is written) or a description.
+        teacher: A Hub id, a folder (only its name is written) or a description, where it is known.
         task: `causal_lm`, `masked_lm` or `sequence_classification`.
         repo_id: Where the model is on the Hub: gives the lines that load it.
         base_model: The checkpoint that the student was initialised from: a Hub id or a folder.
@@ -98,7 +98,7 @@ class DistillationCard:
     """
 
     name: str
-    teacher: str
+    teacher: str | None = None
     task: str = "causal_lm"
     repo_id: str | None = None
     base_model: str | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -81,7 +83,7 @@ def render_card(data: DistillationCard) -> str:
         card=data,
         metadata=card_metadata(data).to_yaml(),
         headline=_headline(data.report),
-        teacher=display_name(data.teacher),
+        teacher=data.teacher and display_name(data.teacher),
         base_model=data.base_model and display_name(data.base_model),
         pipeline=PIPELINES[data.task],
         losses=_losses(data),
@@ -115,7 +117,7 @@ def card_metadata(data: DistillationCard) -> ModelCardData:
         datasets=[item.name for item in data.datasets if is_hub_id(item.name)] or None,
         model_name=data.name if results else None,
         eval_results=results or None,
-        distillation=_distillation(data),
+        distillation=_distillation(data) or None,
     )
 
 
@@ -123,7 +125,7 @@ def _distillation(data: DistillationCard) -> dict[str, Any]:
     """The recipe and the retention for programs to read."""
     losses = [{"name": loss.name, "weight": loss.weight, **loss.settings} for loss in data.losses]
     block: dict[str, Any] = {
-        "teacher": data.teacher if is_hub_id(data.teacher) else display_name(data.teacher),
+        "teacher": data.teacher and (data.teacher if is_hub_id(data.teacher) else display_name(data.teacher)),
         "teacher_quantization": data.teacher_quantization,
         "losses": losses or None,
         "tokens": data.tokens,
@@ -218,3 +220,13 @@ def _table(table: Table | None) -> str | None:
         return None
     text = markdown_table(table.columns, table.rows)
     return f"{text}\n\n{table.caption}" if table.caption else text
+
+
+def write_card(card: DistillationCard, folder: str | Path) -> Path:
+    """Render a card to `folder/README.md`; an interrupted write leaves an older card whole."""
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".README.{os.getpid()}.tmp")
+    unfinished.write_text(render_card(card), encoding="utf-8")
+    unfinished.replace(path)
+    return path

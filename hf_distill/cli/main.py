@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_distill.cli import cache
+from hf_distill.cli import cache, card, evaluate, plan, push, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,8 +15,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A subcommand that finds what it looked for wrong gives the exit status 1.
     """
     parser = argparse.ArgumentParser("hf-distill", description="Knowledge distillation for Trainer and TRL.")
-    cache.add_to(parser.add_subparsers(required=True, metavar="COMMAND"))
-    options = parser.parse_args(arguments)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (train, cache, plan, evaluate, card, push):
+        command.add_to(commands)
+    options, flags = parser.parse_known_args(arguments)
+    if getattr(options, "takes_flags", False):
+        options.flags = flags
+    elif flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         return options.run(options) or 0
     except (ValueError, OSError) as error:

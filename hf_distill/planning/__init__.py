@@ -1,7 +1,8 @@
 """What a run needs before it is started: parameters, FLOPs and memory, from configs alone."""
 
+from hf_distill.planning.choice import Way, ways
 from hf_distill.planning.parameters import ParameterCount, parameter_count
 from hf_distill.planning.planner import Plan, plan
 
 
-__all__ = ["ParameterCount", "Plan", "parameter_count", "plan"]
+__all__ = ["ParameterCount", "Plan", "Way", "parameter_count", "plan", "ways"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_distill.anatomy import unwrap
-from hf_distill.cards import Dataset, DistillationCard, Loss, installed_versions, render_card
+from hf_distill.cards import Dataset, DistillationCard, Loss, installed_versions
 from hf_distill.functional import DIVERGENCES
 from hf_distill.objectives import LogitObjective
 
@@ -58,16 +57,6 @@ def trainer_card(
         "tags": [tags] if isinstance(tags, str) else list(tags or ()),
     }
     return DistillationCard(**(known | facts))
-
-
-def write_card(card: DistillationCard, folder: str | Path) -> Path:
-    """Render a card to `folder/README.md`; an interrupted write leaves an older card whole."""
-    path = Path(folder) / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".README.{os.getpid()}.tmp")
-    unfinished.write_text(render_card(card), encoding="utf-8")
-    unfinished.replace(path)
-    return path
 
 
 def _losses(trainer: Any) -> list[Loss]:

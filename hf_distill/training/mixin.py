@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_distill.anatomy import resolve_head, shape_of, task_of, unwrap
+from hf_distill.cards import write_card
 from hf_distill.evaluation import Benchmark, RetentionReport, evaluate_retention
 from hf_distill.functional import LinearLossOutput, reduce_sum
 from hf_distill.objectives import LogitObjective, Objective, logit_loss
@@ -29,7 +30,7 @@ from hf_distill.signals import (
 )
 from hf_distill.taps import tap_last_hidden, tap_layers
 from hf_distill.teachers import Teacher, prepare_quantized_student
-from hf_distill.training.card import trainer_card, write_card
+from hf_distill.training.card import trainer_card
 from hf_distill.training.checks import check_columns, check_parallelism, check_positions, check_teacher_argument
 from hf_distill.training.gradient_shares import Losses, measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
