@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from hf_distill.anatomy import unwrap
 from hf_distill.cards import Dataset, DistillationCard, Loss, installed_versions, render_card
+from hf_distill.evaluation import RetentionReport
 from hf_distill.functional import DIVERGENCES
 from hf_distill.objectives import LogitObjective
 
@@ -68,6 +70,13 @@ def write_card(card: DistillationCard, folder: str | Path) -> Path:
     unfinished.write_text(render_card(card), encoding="utf-8")
     unfinished.replace(path)
     return path
+
+
+def draw_plots(report: RetentionReport | None, folder: str | Path) -> list[str]:
+    """Draw a report's plots beside its card, where there is a report and matplotlib; the names of the images."""
+    if report is None or importlib.util.find_spec("matplotlib") is None:
+        return []
+    return [path.name for path in report.plot(folder) if path.suffix == ".png"]
 
 
 def _losses(trainer: Any) -> list[Loss]:

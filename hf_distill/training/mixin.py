@@ -29,7 +29,7 @@ from hf_distill.signals import (
 )
 from hf_distill.taps import tap_last_hidden, tap_layers
 from hf_distill.teachers import Teacher, prepare_quantized_student
-from hf_distill.training.card import trainer_card, write_card
+from hf_distill.training.card import draw_plots, trainer_card, write_card
 from hf_distill.training.checks import check_columns, check_parallelism, check_positions, check_teacher_argument
 from hf_distill.training.gradient_shares import Losses, measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
@@ -311,7 +311,8 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
 
         Args:
             benchmarks: For example `[Perplexity(held_out), KLDivergence(held_out)]`.
-            baseline: Another model to report beside the student, for example the student before distillation.
+            baseline: Another model to report beside the student, for example the student before distillation, or
+                several by name.
         """
         self.retention_report = evaluate_retention(
             self.model, self.teacher, benchmarks, self.processing_class, baseline
@@ -321,6 +322,8 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
     def create_model_card(self, **facts: Any) -> None:
         """Write `README.md` into the output folder: what was done and measured, nothing else.
 
+        Plots of the retention are written beside it where matplotlib is installed.
+
         It runs by itself in `push_to_hub`, which passes its keyword arguments on.
 
         Args:
@@ -328,7 +331,8 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
                 `hf_distill.cards.DistillationCard`.
         """
         if self.is_world_process_zero():
-            write_card(trainer_card(self, **facts), self.args.output_dir)
+            plots = draw_plots(self.retention_report, self.args.output_dir)
+            write_card(trainer_card(self, **({"plots": plots} | facts)), self.args.output_dir)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
