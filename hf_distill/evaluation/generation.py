@@ -75,7 +75,8 @@ class GenerationBenchmark(Benchmark):
         """Check the tokenizer and the lengths of the prompts.
 
         Raises:
-            ValueError: There is no tokenizer, a teacher is no model, or a prompt and its generation are longer than a model's positions.
+            ValueError: There is no tokenizer, a teacher is no model, or a prompt and its generation are longer than
+                a model's positions.
         """
         super().check(lineup)
         lineup.check_text_models(type(self).__name__)
@@ -146,7 +147,9 @@ class Rouge(GenerationBenchmark):
 
     def __init__(self, dataset: Dataset, kind: str = "rougeL", **kwargs: Any) -> None:
         if kind not in ROUGE_KINDS:
-            raise ValueError(f"`kind` is {kind!r}; expected one of {', '.join(ROUGE_KINDS)}: Rouge(dataset, 'rougeL').")
+            raise ValueError(
+                f"`kind` is {kind!r}; expected one of {', '.join(ROUGE_KINDS)}: Rouge(dataset, 'rougeL')."
+            )
         self.metric = kind
         super().__init__(dataset, **kwargs)
 

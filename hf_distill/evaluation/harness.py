@@ -195,8 +195,8 @@ def _load(task: str, include_path: str | None) -> dict[str, Any]:
     manager = _manager(include_path, not _is_file(task))
     if not _is_file(task) and task not in manager.task_index:
         raise ValueError(
-            f"`task` is {task!r}; expected the name of a task that lm-eval has (`lm-eval ls tasks` lists them), or the "
-            "path of a .yaml file. Tasks of your own are found with `include_path=folder`."
+            f"`task` is {task!r}; expected the name of a task that lm-eval has (`lm-eval ls tasks` lists them), or "
+            "the path of a .yaml file. Tasks of your own are found with `include_path=folder`."
         )
     return manager.load([os.path.abspath(task) if _is_file(task) else task])["tasks"]
 

@@ -72,7 +72,9 @@ def _tradeoff(report: RetentionReport) -> Figure | None:
     sizes = {item.model: item.parameters for item in report.footprints}
     kept = {TEACHER: 1.0, STUDENT: report.mean_retention}
     kept |= {name: report.mean_retention_of(name) for name in report.baselines}
-    points = [(name, sizes[name] / 1e6, 100 * share) for name, share in kept.items() if share is not None and name in sizes]
+    points = [
+        (name, sizes[name] / 1e6, 100 * share) for name, share in kept.items() if share is not None and name in sizes
+    ]
     if report.mean_retention is None or STUDENT not in sizes:
         return None
     colors = {TEACHER: TEACHER_COLOR, STUDENT: STUDENT_COLOR}

@@ -19,7 +19,13 @@ def test_exact_match_ignores_white_space_around(prediction, expected):
         ("the the the", "the cat", 0.4, 0.0, 0.4),
         ("police killed the gunman", "police kill the gunman", 0.75, 1 / 3, 0.75),
         ("the gunman kill police", "police kill the gunman", 1.0, 1 / 3, 0.5),
-        ("A well-known, U.S. film!", "the well known us film", 0.5454545454545454, 0.2222222222222222, 0.5454545454545454),
+        (
+            "A well-known, U.S. film!",
+            "the well known us film",
+            0.5454545454545454,
+            0.2222222222222222,
+            0.5454545454545454,
+        ),
     ],
 )
 def test_rouge_is_that_of_the_usual_library(prediction, reference, one, two, longest):

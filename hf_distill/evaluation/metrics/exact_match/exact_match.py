@@ -4,6 +4,7 @@
 import datasets
 import evaluate
 import numpy as np
+
 from hf_distill.evaluation.text_scores import exact_match
 
 

@@ -4,8 +4,8 @@
 import datasets
 import evaluate
 import numpy as np
-from hf_distill.evaluation.text_scores import ROUGE_KINDS
-from hf_distill.evaluation.text_scores import rouge
+
+from hf_distill.evaluation.text_scores import ROUGE_KINDS, rouge
 
 
 class Rouge(evaluate.Metric):
