@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from hf_distill.evaluation.speed import tokens_per_second
 
 # What is timed: small enough for a CPU, long enough that the layers and not their launches are measured.
 ROWS, LENGTH = 4, 128
+PROFILER_LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ def peak_bytes(model: nn.Module, input_ids: Tensor) -> int:
             torch.cuda.reset_peak_memory_stats(input_ids.device)
             model(input_ids=input_ids)
             return torch.cuda.max_memory_allocated(input_ids.device) - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with _quiet_profiler(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
             model(input_ids=input_ids)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -89,6 +94,18 @@ def peak_bytes(model: nn.Module, input_ids: Tensor) -> int:
         now += change
         peak = max(peak, now)
     return peak
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Keep the profiler's library, which reads this when it is first used, from writing two lines a pass to stderr."""
+    given = os.environ.get(PROFILER_LOG_LEVEL)
+    os.environ[PROFILER_LOG_LEVEL] = given or "99"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[PROFILER_LOG_LEVEL]
 
 
 def _sample(base: Any) -> Tensor:

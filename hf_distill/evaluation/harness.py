@@ -150,7 +150,12 @@ class LMEvalTask(Benchmark):
             harness = HFLM(pretrained=_callable(model), tokenizer=tokenizer, batch_size=batch_size)
             # Seeds are those of its command line; the caller's random states are given back by `preserved_state`.
             results = simple_evaluate(
-                model=harness, tasks=list(self._loaded.values()), bootstrap_iters=0, log_samples=True, **self.options
+                model=harness,
+                tasks=list(self._loaded.values()),
+                task_manager=_manager(None, False),  # the tasks are loaded: an index of all others takes seconds
+                bootstrap_iters=0,
+                log_samples=True,
+                **self.options,
             )
         return results["samples"]
 

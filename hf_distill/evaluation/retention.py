@@ -109,6 +109,8 @@ def _measure(benchmark: Benchmark, lineup: Lineup) -> tuple[RetentionRow, np.nda
     keep = partial(retention, higher_is_better=benchmark.higher_is_better, chance=chance)
     means = resampled_means([scores[STUDENT], scores[TEACHER]])
     replicates = keep(*(benchmark.value(mean) for mean in means))
+    if np.array_equal(scores[STUDENT].numerator, scores[TEACHER].numerator):
+        replicates = np.ones_like(replicates)  # also in the draws in which the teacher is no better than chance
     kept = None if student is None or teacher is None else float(keep(student, teacher))
     kept = kept if kept is not None and math.isfinite(kept) else None
     n = len(scores[TEACHER])

@@ -116,8 +116,10 @@ class RetentionCallback(TrainerCallback):
         if hasattr(trainer, "retention_report"):
             trainer.retention_report = self.report
         self._measured = state.global_step, metrics
-        # A subclass would close its own window of training metrics here.
+        # A subclass would close its own window of training metrics here, and the step's own log may still be due.
+        due = trainer.control.should_log
         Trainer.log(trainer, dict(metrics))
+        trainer.control.should_log = due
         return metrics
 
     def _check_best_metric(self, args: Any) -> None:
