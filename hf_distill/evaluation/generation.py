@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +96,7 @@ class GenerationBenchmark(Benchmark):
         scores = {}
         for role in lineup.models:
             key = ("texts", role, id(self.dataset), self.max_new_tokens, self.batch_size)
-            texts = lineup.once(key, lambda role=role: self._generate(lineup, role))
+            texts = lineup.once(key, partial(self._generate, lineup, role))
             pairs = zip((self._cut(text) for text in texts), references, strict=True)
             values = np.array([self.score_text(*pair) for pair in pairs], dtype=np.float64)
             scores[role] = ItemScores(values, np.ones(len(values)))

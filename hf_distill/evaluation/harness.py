@@ -79,8 +79,8 @@ class LMEvalTask(Benchmark):
         self._loaded = _load(str(task), None if include_path is None else str(include_path))
         self.task = str(task)
         first = next(iter(self._loaded.values()))
-        self.metric = metric or next(iter(first.aggregation()))
-        self._key, _, self._filter = self.metric.partition(",")
+        self.metric: str = metric or next(iter(first.aggregation()))
+        self._key, self._filter = (*self.metric.split(",", 1), "")[:2]
         self._aggregation = _aggregation(self._loaded, self._key)
         self.higher_is_better = bool(first.higher_is_better()[self._key])
         super().__init__(name or (Path(task).stem if _is_file(self.task) else self.task), license)

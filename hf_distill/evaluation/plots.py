@@ -45,7 +45,7 @@ def _bars(report: RetentionReport) -> Figure | None:
     rows = [row for row in report.rows if row.retention is not None]
     if not rows:
         return None
-    figure, axes = _canvas(6.4, 1.2 + 0.45 * len(rows) * (1 + 0.5 * len(report.baselines)))
+    figure, axes = _canvas(6.4, 1.4 + 0.45 * len(rows) * (1 + 0.5 * len(report.baselines)))
     series = [STUDENT, *report.baselines]
     height = 0.8 / len(series)
     for place, name in enumerate(series):
@@ -63,7 +63,7 @@ def _bars(report: RetentionReport) -> Figure | None:
     axes.set_yticks(range(len(rows)), [_label(row.benchmark, row.metric) for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("retention (%), 95 % interval")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2 - 0.3 / len(rows)), ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -88,7 +88,7 @@ def _tradeoff(report: RetentionReport) -> Figure | None:
     axes.set_xlabel("parameters (millions)")
     axes.set_ylabel("mean retention (%), 95 % interval")
     axes.margins(0.2)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if min(share for *_, share in points) < 0 else 0)
     return figure
 
 

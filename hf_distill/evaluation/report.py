@@ -74,7 +74,7 @@ class RetentionRow:
         """The retention of any model's value on these items."""
         if value is None or self.teacher is None:
             return None
-        kept = retention(value, self.teacher, higher_is_better=self.higher_is_better, chance=self.chance).item()
+        kept: float = retention(value, self.teacher, higher_is_better=self.higher_is_better, chance=self.chance).item()
         return kept if math.isfinite(kept) else None
 
 

@@ -65,9 +65,9 @@ def rich_text(item: Any) -> str:
     """What rich prints, as plain text, without colours."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=TEXT_WIDTH, color_system=None)
-    console.print(item)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+    written = io.StringIO()
+    Console(file=written, width=TEXT_WIDTH, color_system=None).print(item)
+    return "\n".join(line.rstrip() for line in written.getvalue().rstrip().splitlines())
 
 
 def _filled(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> tuple[list[str], list[list[str]]]:
