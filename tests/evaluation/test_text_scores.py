@@ -10,7 +10,7 @@ def test_exact_match_ignores_white_space_around(prediction, expected):
     assert exact_match(prediction, "four") == expected
 
 
-# What rouge_score 0.1.2 gives without a stemmer, but for the first two rows, which are plain.
+# What rouge_score 0.1.2 gives without a stemmer.
 @pytest.mark.parametrize(
     ("prediction", "reference", "one", "two", "longest"),
     [

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_distill import DistillationCallback, RetentionCallback
 from hf_distill.evaluation import KLDivergence, Perplexity, Top1Agreement
@@ -19,10 +21,7 @@ def benchmarks():
 def plain_trainer(output_dir, **config):
     settings = COMMON | {"output_dir": str(output_dir), "remove_unused_columns": False} | config
     rows = {"train_dataset": tiny.tokenized_dataset(8), "eval_dataset": tiny.tokenized_dataset(4, seed=1)}
-    from transformers import DataCollatorForSeq2Seq
-
-    tokenizer = tiny.tokenizer()
-    collator = DataCollatorForSeq2Seq(tokenizer)
+    collator = DataCollatorForSeq2Seq(tiny.tokenizer())
     return Trainer(tiny.model(seed=0, layers=1), TrainingArguments(**settings), data_collator=collator, **rows)
 
 
@@ -141,6 +140,33 @@ def test_the_teacher_of_a_distillation_callback_is_found(tmp_path):
     trainer.add_callback(distillation)
 
     assert RetentionCallback(trainer, benchmarks()).teacher is distillation.teacher
+
+
+def test_the_card_shows_the_plots_that_stand_beside_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    trainer = make_trainer("kd", tmp_path, max_steps=1)
+    trainer.create_model_card()
+    assert not list(tmp_path.glob("*.png"))
+
+    trainer.evaluate_retention(benchmarks(), baseline={"before distillation": tiny.model(seed=3, layers=1)})
+    trainer.create_model_card()
+
+    card = (tmp_path / "README.md").read_text()
+    for name in re.findall(r"!\[.*\]\((.*)\)", card):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"retention.svg", "tradeoff.svg"}
+    assert "| before distillation |" in card
+    assert "## Size and speed" in card
+    assert "Mean retention" in card
+
+
+def test_without_matplotlib_a_card_has_no_plots(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_distill.training.card.importlib.util.find_spec", lambda name: None)
+    trainer = make_trainer("kd", tmp_path, max_steps=1)
+    trainer.evaluate_retention(benchmarks())
+    trainer.create_model_card()
+
+    assert "![" not in (tmp_path / "README.md").read_text()
 
 
 def test_trl_keeps_its_own_window_of_metrics(tmp_path):
