@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_distill.evaluation import ExpectedCalibrationError, evaluate_retention
+from hf_distill.evaluation.scoring import _Accumulator
 from tests import tiny
 
 
@@ -28,14 +29,43 @@ def naive(model, dataset, *, shift: bool, bins: int = 15) -> float:
     return sum(gaps) / len(hits)
 
 
+def half_right(model, dataset, *, shift: bool):
+    """Labels that the model ranks first, at every other position: gaps of both signs."""
+
+    def relabel(row, index):
+        with torch.no_grad():
+            first = model(torch.tensor([row["input_ids"]])).logits[0].argmax(-1).tolist()
+        if not shift:
+            return {"labels": first if index % 2 else row["labels"]}
+        return {"labels": [label if i % 2 else [-100, *first][i] for i, label in enumerate(row["labels"])]}
+
+    return dataset.map(relabel, with_indices=True)
+
+
+def test_gaps_fall_into_bins_of_equal_width_that_are_open_on_the_left():
+    confidence = torch.tensor([0.0, 0.05, 1 / 15, 0.1, 0.95, 1.0, 0.97], dtype=torch.float64)
+    correct = torch.tensor([0, 1, 0, 1, 0, 1, 1], dtype=torch.float64)
+    row = torch.tensor([0, 0, 0, 1, 1, 1, 0])
+    accumulator = _Accumulator(2)
+
+    accumulator.add(row, torch.stack([*torch.zeros(3, 7, dtype=torch.float64), correct, confidence, correct]))
+
+    gaps = accumulator.result().gaps
+    expected = np.zeros((2, 15))
+    expected[0, 0], expected[0, 14] = -0.0 + 0.95 - 1 / 15, 0.03
+    expected[1, 1], expected[1, 14] = 0.9, -0.95 + 0.0
+    np.testing.assert_allclose(gaps, expected, atol=1e-12)
+
+
 def test_it_is_the_gap_of_accuracy_and_confidence_in_bins():
     # A sharp head, so that confidences are in many bins.
     student, teacher = tiny.model(seed=1, initializer_range=0.6), tiny.model(seed=2, initializer_range=0.3)
-    dataset = tiny.tokenized_dataset(20)
+    dataset = half_right(student, tiny.tokenized_dataset(20), shift=True)
 
     row = evaluate_retention(student, teacher, [ExpectedCalibrationError(dataset)], measure_footprints=False).rows[0]
 
     assert row.student == pytest.approx(naive(student, dataset, shift=True), rel=1e-4)
+    assert row.student != pytest.approx(naive(student, dataset, shift=True, bins=14), rel=1e-4)
     assert row.teacher == pytest.approx(naive(teacher, dataset, shift=True), rel=1e-4)
     assert row.retention == pytest.approx(row.teacher / row.student)
 
@@ -43,7 +73,7 @@ def test_it_is_the_gap_of_accuracy_and_confidence_in_bins():
 def test_classifiers_have_it_too():
     task = {"task": "sequence_classification", "num_labels": 3, "initializer_range": 0.5}
     student, teacher = tiny.model("bert", seed=1, **task), tiny.model("bert", seed=2, **task)
-    dataset = tiny.classification_dataset(20)
+    dataset = half_right(student, tiny.classification_dataset(20), shift=False)
 
     row = evaluate_retention(student, teacher, [ExpectedCalibrationError(dataset)], measure_footprints=False).rows[0]
 
