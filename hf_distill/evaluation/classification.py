@@ -46,7 +46,9 @@ class ClassificationAccuracy(DatasetBenchmark):
         """Check the labels too, and warn where one class is so frequent that the chance level says little."""
         super().check(lineup)
         constant = self._constant_answer(lineup)
-        if self._chance is None and constant > UNEVEN * self.chance(lineup):
+        if constant == 1:
+            warnings.warn(f"All labels of {self.name!r} are one class; add rows of the others.", stacklevel=4)
+        elif self._chance is None and constant > UNEVEN * self.chance(lineup):
             warnings.warn(
                 f"A model that always answers the most frequent class reaches {constant:.3g} on {self.name!r}, far "
                 f"above the chance level of {self.chance(lineup):.3g}, so it would seem to keep much of the teacher; "

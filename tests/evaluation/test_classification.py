@@ -109,6 +109,8 @@ def test_uneven_labels_with_an_even_chance_level_are_warned_of():
 
     with pytest.warns(UserWarning, match=r"reaches 0.9 on 'accuracy'.*chance=0.9"):
         measure(classifier(1), classifier(2), ClassificationAccuracy(uneven))
+    with pytest.warns(UserWarning, match="one class; add rows"):
+        measure(classifier(1), classifier(2), ClassificationAccuracy(uneven.select(range(1, 5))))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ClassificationAccuracy(uneven, chance=0.9).check(Lineup({"student": classifier(1), "teacher": classifier(2)}))
