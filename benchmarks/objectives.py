@@ -152,7 +152,8 @@ def _run(setting: Setting, case: Case, seed: int, threads: int) -> dict[str, Any
         trainer.train()
     held_out = Dataset.from_dict({"text": texts["test"][: setting.texts]})
     benchmarks = [benchmark(held_out) for benchmark in (KLDivergence, Top1Agreement, Perplexity)]
-    scores = evaluate_retention(student.to(torch.bfloat16), teacher, benchmarks, teacher.tokenizer).rows
+    student = student.to(torch.bfloat16)
+    scores = evaluate_retention(student, teacher, benchmarks, teacher.tokenizer, measure_footprints=False).rows
     end = "_gradient_share"
     shares = {key.removesuffix(end): value for key, value in trainer.state.log_history[0].items() if end in key}
     return {"metrics": {row.metric: row.student for row in scores}, "shares": shares}

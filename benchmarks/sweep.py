@@ -75,7 +75,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 train(student, teacher, packed.select(range(steps * 8)), settings, folder)
         seconds = time.perf_counter() - start
-        rows = evaluate_retention(student.to(torch.bfloat16), teacher, benchmarks, teacher.tokenizer).rows
+        models = student.to(torch.bfloat16), teacher
+        rows = evaluate_retention(*models, benchmarks, teacher.tokenizer, measure_footprints=False).rows
         columns = [*settings, *(row.metric for row in rows), "training (s)"]
         values = [*settings.values(), *(row.student for row in rows), round(seconds)]
         print(markdown_table(columns, [values]), flush=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_distill.training.arguments import KDConfig
     from hf_distill.training.callback import DistillationCallback
     from hf_distill.training.gradient_shares import GradientShareCallback
+    from hf_distill.training.retention import RetentionCallback
     from hf_distill.training.sft import KDSFTConfig, KDSFTTrainer
     from hf_distill.training.trainer import KDTrainer
 
@@ -35,6 +36,7 @@ __all__ = [
     "ModelTeacher",
     "RelationObjective",
     "RemoteTeacher",
+    "RetentionCallback",
     "RetentionReport",
     "evaluate_retention",
     "load_teacher",
@@ -56,6 +58,7 @@ _MODULES = {
     "ModelTeacher": "hf_distill.teachers",
     "RelationObjective": "hf_distill.objectives",
     "RemoteTeacher": "hf_distill.cache",
+    "RetentionCallback": "hf_distill.training.retention",
     "RetentionReport": "hf_distill.evaluation",
     "evaluate_retention": "hf_distill.evaluation",
     "load_teacher": "hf_distill.teachers",

@@ -88,9 +88,10 @@ class DistillationCard:
         hyperparameters: Others worth knowing: learning rate, batch size.
         report: Retention against the teacher.
         baseline: What the report's baseline column is.
+        plots: Files with plots of the report, beside the card.
         evaluation_data: Name of the held-out data.
         comparison: A table that compares runs.
-        measurements: A table of sizes and speeds.
+        measurements: A table of sizes and speeds; that of the report if None.
         commands: Command lines that reproduce the run.
         versions: Library versions, see `installed_versions`.
         notes: Sentences on limits that are special to this model.
@@ -116,6 +117,7 @@ class DistillationCard:
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
     report: RetentionReport | None = None
     baseline: str | None = None
+    plots: Sequence[str] = ()
     evaluation_data: str | None = None
     comparison: Table | None = None
     measurements: Table | None = None

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_distill.cards.data import DistillationCard, installed_versions
 from hf_distill.cards.folder import CONFIGS, check_folder, files_of
-from hf_distill.cards.render import write_card
+from hf_distill.cards.render import draw_plots, write_card
 from hf_distill.evaluation import RetentionReport
 
 
@@ -115,7 +115,9 @@ def _document(folder: Path, repo_id: str, report: RetentionReport | None, card: 
             versions=installed_versions(),
         )
     if card is not None:
-        write_card(replace(card, repo_id=repo_id, report=report or card.report), folder)
+        report = report or card.report
+        plots = draw_plots(report, folder) or card.plots
+        write_card(replace(card, repo_id=repo_id, report=report, plots=plots), folder)
 
 
 def _check_arguments(

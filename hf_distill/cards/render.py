@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_distill.cards.check import check_card, without_paths
 from hf_distill.cards.data import DistillationCard, Table, display_name, is_hub_id
-from hf_distill.evaluation import RetentionReport
+from hf_distill.evaluation import RetentionReport, RetentionRow
 from hf_distill.evaluation.tables import format_cell, format_interval, format_share, markdown_table
 
 
@@ -91,7 +92,8 @@ def render_card(data: DistillationCard) -> str:
         data=_datasets(data),
         licenses=_licenses(data),
         comparison=_table(data.comparison),
-        measurements=_table(data.measurements),
+        measurements=_table(data.measurements) or (data.report and data.report.footprint_markdown()),
+        summary=data.report and len(_kept(data.report)) > 1 and data.report.summary(),
     )
     text = without_paths(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
     check_card(text)
@@ -164,13 +166,18 @@ def _eval_results(data: DistillationCard) -> list[EvalResult]:
 def _headline(report: RetentionReport | None) -> str | None:
     if report is None or report.mean_retention is None:
         return None
-    rows = [row for row in report.rows if row.retention is not None]
+    rows = _kept(report)
     items = sorted({row.n for row in rows})
     count = f"{items[0]:,} items" if len(items) == 1 else f"{items[0]:,} to {items[-1]:,} items each"
     bounds = format_interval(report.mean_ci_low, report.mean_ci_high)
     interval = f", 95 % interval {bounds}" if bounds else ""
     what = rows[0].metric.replace("_", " ") if len(rows) == 1 else f"mean of {len(rows)} benchmarks"
     return f"Keeps {format_share(report.mean_retention)} of its teacher ({what}{interval}, {count})."
+
+
+def _kept(report: RetentionReport) -> list[RetentionRow]:
+    """The rows that the mean retention is a mean of."""
+    return [row for row in report.rows if row.retention is not None]
 
 
 def _losses(data: DistillationCard) -> str | None:
@@ -230,3 +237,10 @@ def write_card(card: DistillationCard, folder: str | Path) -> Path:
     unfinished.write_text(render_card(card), encoding="utf-8")
     unfinished.replace(path)
     return path
+
+
+def draw_plots(report: RetentionReport | None, folder: str | Path) -> list[str]:
+    """Draw a report's plots beside its card, where there is a report and matplotlib; the names of the images."""
+    if report is None or importlib.util.find_spec("matplotlib") is None:
+        return []
+    return [path.name for path in report.plot(folder) if path.suffix == ".png"]

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 
-METRICS = ("perplexity", "kl", "top1_agreement", "accuracy")
+# By task: what is measured where nothing is asked for.
+DEFAULTS = {
+    "causal_lm": ("perplexity", "kl", "top1_agreement"),
+    "masked_lm": ("perplexity", "kl", "top1_agreement"),
+    "sequence_classification": ("accuracy", "kl", "top1_agreement"),
+}
+METRICS = ("perplexity", "kl", "top1_agreement", "ece", "accuracy", "f1")
 
 
 def add_to(commands: Any) -> None:
@@ -16,9 +22,10 @@ def add_to(commands: Any) -> None:
     evaluate.add_argument("--student", required=True, help="Hub name or folder of a model or an adapter")
     evaluate.add_argument("--teacher", required=True, help="Hub name or folder")
     evaluate.add_argument("--baseline", help="another model to report beside them, as the student before distillation")
-    evaluate.add_argument("--dataset", required=True, help="held out: Hub name, folder, or json(l) or parquet file")
+    evaluate.add_argument("--dataset", help="held out: Hub name, folder, or json(l) or parquet file")
     evaluate.add_argument("--split", default="test", help="of the dataset (default: test)")
     evaluate.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that the task of the models has")
+    evaluate.add_argument("--tasks", nargs="+", default=[], help="names or YAML files of lm-eval's tasks")
     evaluate.add_argument("--max-length", type=int, help="of a row; longer ones are cut")
     evaluate.add_argument("--dtype", default="auto", help="of the weights (default: as saved)")
     evaluate.add_argument("--quantization", choices=["nf4", "int8"], help="of the teacher")
@@ -29,14 +36,25 @@ def add_to(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from hf_distill import evaluate_retention, load_teacher
     from hf_distill.cli.data import load
-    from hf_distill.evaluation import ClassificationAccuracy, KLDivergence, Perplexity, Top1Agreement
+    from hf_distill.evaluation import (
+        ClassificationAccuracy,
+        ClassificationF1,
+        ExpectedCalibrationError,
+        KLDivergence,
+        LMEvalTask,
+        Perplexity,
+        Top1Agreement,
+    )
 
-    dataset = load(options.dataset, options.split)
+    if options.dataset is None and not options.tasks:
+        raise ValueError("Nothing is measured: give a `--dataset`, or `--tasks` of lm-eval.")
+    dataset = options.dataset and load(options.dataset, options.split)
     teacher = load_teacher(options.teacher, quantization=options.quantization, dtype=options.dtype)
-    classifies = teacher.task == "sequence_classification"
-    kinds = dict(zip(METRICS, (Perplexity, KLDivergence, Top1Agreement, ClassificationAccuracy), strict=True))
-    chosen = options.metrics or (["accuracy", "kl", "top1_agreement"] if classifies else METRICS[:3])
-    benchmarks = [kinds[name](dataset, max_length=options.max_length) for name in chosen]
+    kinds = {kind.metric: kind for kind in (Perplexity, KLDivergence, Top1Agreement, ExpectedCalibrationError)}
+    kinds |= {kind.metric: kind for kind in (ClassificationAccuracy, ClassificationF1)}
+    names = () if dataset is None else options.metrics or DEFAULTS[teacher.task]
+    benchmarks = [kinds[name](dataset, max_length=options.max_length) for name in names]
+    benchmarks += [LMEvalTask(task) for task in options.tasks]
     student, baseline = (
         None if name is None else load_teacher(name, dtype=options.dtype, task=teacher.task).model
         for name in (options.student, options.baseline)

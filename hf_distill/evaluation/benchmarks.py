@@ -23,18 +23,21 @@ class Benchmark(ABC):
     """A metric on a set of items.
 
     A new benchmark says what it measures (`metric`, `higher_is_better`, `tasks`, `chance`) and gives every model's
-    sums per item; the value, the retention and its interval follow from them.
+    sums per item; the value, the retention and its interval follow from them. It never trains on its items, and
+    keeps nothing of them once it has been measured.
 
     Args:
         name: How reports call it.
+        license: Licence of the items, for reports and cards.
     """
 
-    metric: ClassVar[str]
-    higher_is_better: ClassVar[bool]
+    metric: str
+    higher_is_better: bool
     tasks: ClassVar[frozenset[str]]
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(self, name: str | None = None, license: str | None = None) -> None:
         self.name = name or self.metric
+        self.license = license
 
     def check(self, lineup: Lineup) -> None:
         """Check the items against the models before any of them runs.
@@ -53,11 +56,11 @@ class Benchmark(ABC):
         """Give every role's sums per item; item i is the same for all roles."""
 
     def chance(self, lineup: Lineup) -> float:
-        """The value that a guess reaches; retention counts what lies above it."""
+        """The value that a guess reaches; retention counts what lies above it. Asked for after `score`."""
         return 0.0
 
     def value(self, mean: np.ndarray | float) -> np.ndarray | float:
-        """The metric, from the weighted mean over items."""
+        """The metric, from the weighted means over items: a number, `[R]`, `[k]` or `[R, k]`; see `ItemScores`."""
         return mean
 
 
@@ -70,6 +73,7 @@ class DatasetBenchmark(Benchmark):
         max_length: Longer rows are cut. None leaves `input_ids` whole and cuts text at what the tokenizer allows.
         batch_size: Rows per forward pass.
         name: How reports call it; the metric's name when not given.
+        license: Licence of the rows.
 
     Raises:
         ValueError: The dataset is empty, packed, or has no usable column; `max_length` or `batch_size` is below 1.
@@ -78,13 +82,17 @@ class DatasetBenchmark(Benchmark):
     statistic: ClassVar[str]
 
     def __init__(
-        self, dataset: Dataset, *, max_length: int | None = None, batch_size: int = 8, name: str | None = None
+        self,
+        dataset: Dataset,
+        *,
+        max_length: int | None = None,
+        batch_size: int = 8,
+        name: str | None = None,
+        license: str | None = None,
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, license)
         check_dataset(dataset)
-        for argument, number in (("max_length", max_length), ("batch_size", batch_size)):
-            if number is not None and number < 1:
-                raise ValueError(f"`{argument}` is {number}; expected at least 1, for example `{argument}=8`.")
+        check_positive(max_length=max_length, batch_size=batch_size)
         self.dataset = dataset
         self.max_length = max_length
         self.batch_size = batch_size
@@ -142,17 +150,33 @@ class Top1Agreement(DatasetBenchmark):
     statistic = "agreement"
 
 
-class ClassificationAccuracy(DatasetBenchmark):
-    """The share of rows whose most likely class is the label, as the shipped `accuracy` metric defines it.
+class ExpectedCalibrationError(DatasetBenchmark):
+    """How far confidence is from accuracy: the mean over labelled positions of |accuracy - confidence| in 15 bins.
 
-    The chance level is one over the number of classes.
+    The bins are of equal width in the probability of the token (or class) that is ranked first (Guo et al., 2017,
+    arXiv:1706.04599). On few positions it is biased upwards, in every bootstrap draw again: give it some thousands.
     """
 
-    metric = "accuracy"
-    higher_is_better = True
-    tasks = frozenset({CLASSIFICATION})
-    statistic = "correct"
+    metric = "ece"
+    higher_is_better = False
+    tasks = ALL_TASKS
 
-    def chance(self, lineup: Lineup) -> float:
-        """One over the number of classes."""
-        return 1.0 / lineup.classes()
+    def score(self, lineup: Lineup) -> dict[str, ItemScores]:
+        """Read the gaps per row and bin."""
+        passes = lineup.row_sums(self.dataset, self.max_length, self.batch_size)
+        return {role: ItemScores(rows.gaps, rows.count) for role, rows in passes.items()}
+
+    def value(self, mean: np.ndarray | float) -> np.ndarray | float:
+        """The gaps of the bins without their signs, added up."""
+        return np.abs(mean).sum(axis=-1)
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Check sizes that a caller gave.
+
+    Raises:
+        ValueError: One is below 1.
+    """
+    for argument, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"`{argument}` is {number}; expected at least 1, for example `{argument}=8`.")

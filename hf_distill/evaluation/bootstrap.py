@@ -10,7 +10,7 @@ import numpy as np
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-# Gathered numbers per block of resamples: 32 MB of float64.
+# Counted draws per block of resamples: 32 MB of float64.
 BLOCK = 2**22
 
 
@@ -19,7 +19,8 @@ class ItemScores:
     """What one model got on each item (a document, a row): the mean is the sum of numerators over that of weights.
 
     Args:
-        numerator: `[n]` float64, for example the summed negative log-likelihood of a document.
+        numerator: `[n]` float64, for example the summed negative log-likelihood of a document, or `[n, k]` where the
+            metric is a function of k means.
         weight: `[n]` float64, > 0, for example its number of labelled tokens.
     """
 
@@ -29,9 +30,12 @@ class ItemScores:
     def __len__(self) -> int:
         return len(self.weight)
 
-    def mean(self) -> float:
-        """The weighted mean over items; NaN or infinite where the model's outputs are."""
-        return float(self.numerator.sum() / self.weight.sum())
+    def mean(self) -> np.ndarray | float:
+        """The weighted mean over items, one number or `[k]`; NaN or infinite where the model's outputs are."""
+        if self.numerator.ndim == 1:
+            # Python adds in the order of the items, as the libraries do whose figures are compared to the last digit.
+            return sum(self.numerator.tolist()) / sum(self.weight.tolist())
+        return self.numerator.sum(axis=0) / self.weight.sum()
 
 
 def retention(
@@ -68,15 +72,19 @@ def resampled_means(scores: Sequence[ItemScores], *, resamples: int = RESAMPLES,
         seed: Of a generator of its own; no global random state moves.
 
     Returns:
-        One array `[R]` per model.
+        One array per model, `[R]`, or `[R, k]` where the numerators are `[n, k]`.
     """
     generator = np.random.default_rng(seed)
     items = len(scores[0])
     blocks: list[list[np.ndarray]] = [[] for _ in scores]
     for start in range(0, resamples, step := max(1, BLOCK // items)):
         draw = generator.integers(items, size=(min(step, resamples - start), items))
+        # How often each item was drawn: the sums over a draw are then one product.
+        draw += items * np.arange(len(draw))[:, None]
+        counts = np.bincount(draw.ravel(), minlength=draw.size).reshape(draw.shape).astype(np.float64)
         for means, score in zip(blocks, scores, strict=True):
-            means.append(score.numerator[draw].sum(axis=1) / score.weight[draw].sum(axis=1))
+            sums, weights = counts @ score.numerator, counts @ score.weight
+            means.append(sums / weights.reshape(-1, *[1] * (sums.ndim - 1)))
     return [np.concatenate(means) for means in blocks]
 
 

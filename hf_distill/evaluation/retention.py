@@ -1,122 +1,26 @@
-"""Retention of a student against its teacher: the measurement and the report."""
+"""Retention of a student against its teacher: the measurement."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_distill.evaluation.benchmarks import Benchmark
 from hf_distill.evaluation.bootstrap import interval, resampled_means, retention
-from hf_distill.evaluation.scoring import TEACHER, Lineup, preserved_state
-from hf_distill.evaluation.tables import format_interval, format_share, markdown_table
+from hf_distill.evaluation.footprint import Footprint, footprint
+from hf_distill.evaluation.report import BASELINE, RetentionReport, RetentionRow
+from hf_distill.evaluation.scoring import STUDENT, TEACHER, Lineup, module_of, preserved_state
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class RetentionRow:
-    """One benchmark of a report. What is not defined, or not finite, is None.
-
-    Args:
-        benchmark: Its name.
-        metric: What is measured.
-        higher_is_better: Its direction.
-        chance: The value of a guess, which retention does not count.
-        n: Number of items (documents, rows), the unit of the bootstrap.
-        teacher: The teacher's value.
-        student: The student's value.
-        baseline: The value of the model that the student is compared with, where one was given.
-        retention: (student - chance) / (teacher - chance), or teacher / student where lower is better.
-        ci_low: Lower end of the 95 % paired bootstrap interval of the retention.
-        ci_high: Upper end.
-    """
-
-    benchmark: str
-    metric: str
-    higher_is_better: bool
-    chance: float
-    n: int
-    teacher: float | None
-    student: float | None
-    baseline: float | None
-    retention: float | None
-    ci_low: float | None
-    ci_high: float | None
-
-
-@dataclass(frozen=True)
-class RetentionReport:
-    """What a student keeps of its teacher, benchmark by benchmark.
-
-    Args:
-        rows: One per benchmark.
-        mean_ci_low: Lower end of the 95 % interval of the mean retention.
-        mean_ci_high: Upper end.
-    """
-
-    rows: tuple[RetentionRow, ...]
-    mean_ci_low: float | None = None
-    mean_ci_high: float | None = None
-
-    @property
-    def mean_retention(self) -> float | None:
-        """The mean over the rows that have a retention; None when none has."""
-        values = [row.retention for row in self.rows if row.retention is not None]
-        return math.fsum(values) / len(values) if values else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `from_dict` reads it back."""
-        return {
-            "mean_retention": self.mean_retention,
-            "mean_ci_low": self.mean_ci_low,
-            "mean_ci_high": self.mean_ci_high,
-            "rows": [asdict(row) for row in self.rows],
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RetentionReport:
-        """The report that `to_dict` described."""
-        rows = tuple(RetentionRow(**row) for row in data["rows"])
-        return cls(rows=rows, mean_ci_low=data["mean_ci_low"], mean_ci_high=data["mean_ci_high"])
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON; an interrupted write leaves an older file whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> RetentionReport:
-        """Read what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-
-    def to_markdown(self) -> str:
-        """A table with one row per benchmark; cells without a value are empty."""
-        columns = ["benchmark", "metric", "n", "teacher", "student", "baseline", "retention", "95 % interval"]
-        return markdown_table(columns, [_cells(row) for row in self.rows])
-
-    def __str__(self) -> str:
-        return self.to_markdown()
-
-
-def _cells(row: RetentionRow) -> list[object]:
-    note = f"chance {row.chance:.3g}" if row.chance else f"{'higher' if row.higher_is_better else 'lower'} is better"
-    bounds = format_interval(row.ci_low, row.ci_high)
-    kept = format_share(row.retention)
-    return [row.benchmark, f"{row.metric} ({note})", row.n, row.teacher, row.student, row.baseline, kept, bounds]
+__all__ = ["RetentionReport", "RetentionRow", "evaluate_retention"]
 
 
 def evaluate_retention(
@@ -125,21 +29,26 @@ def evaluate_retention(
     benchmarks: Sequence[Benchmark],
     tokenizer: PreTrainedTokenizerBase | None = None,
     baseline: Any = None,
+    *,
+    measure_footprints: bool = True,
 ) -> RetentionReport:
     """Measure how much of its teacher a student keeps, on the same items.
 
-    Models run where they are and in their own dtype (call this under `torch.autocast` for another). Their mode and all
-    random states are as before afterwards.
+    Models run where they are and in their own dtype (call this under `torch.autocast` for another). Their mode, their
+    device, the tokenizer and all random states are as before afterwards.
 
     Args:
         student: A Hugging Face model, wrapped or not, or a PEFT model.
         teacher: The same, or a Teacher.
         benchmarks: For example `[Perplexity(held_out), KLDivergence(held_out)]`.
         tokenizer: Needed when a dataset holds text.
-        baseline: Another model to report beside the student, for example the student before distillation.
+        baseline: Another model to report beside the student, for example the student before distillation, or several
+            by name: `{"before distillation": before, "cross-entropy only": alone}`.
+        measure_footprints: Whether size, speed and memory of every model are measured too, in five forward passes.
 
     Returns:
-        One row per benchmark, with a 95 % paired bootstrap interval over items.
+        One row per benchmark, with a 95 % paired bootstrap interval over items, and the footprint of every model that
+        is here: a teacher that is a cache has none.
 
     Raises:
         ValueError: There is no benchmark, two have one name, or one does not fit the models; before any model runs.
@@ -152,17 +61,17 @@ def evaluate_retention(
         ```
     """
     _check_benchmarks(benchmarks)
-    models = {"student": student, TEACHER: teacher} | ({} if baseline is None else {"baseline": baseline})
-    lineup = Lineup(models, tokenizer)
+    lineup = Lineup({STUDENT: student, TEACHER: teacher} | _baselines(baseline), tokenizer)
     for benchmark in benchmarks:
         benchmark.check(lineup)
-    with preserved_state(models.values()):
+    with preserved_state(lineup.models.values()):
         measured = [_measure(benchmark, lineup) for benchmark in benchmarks]
+        footprints = _footprints(lineup) if measure_footprints else ()
     kept = [(row, replicates) for row, replicates in measured if row.retention is not None]
     low, high = None, None
     if kept and all(row.ci_low is not None for row, _ in kept):
         low, high = interval(np.mean([replicates for _, replicates in kept], axis=0))
-    return RetentionReport(tuple(row for row, _ in measured), low, high)
+    return RetentionReport(tuple(row for row, _ in measured), low, high, footprints)
 
 
 def _check_benchmarks(benchmarks: Sequence[Benchmark]) -> None:
@@ -176,14 +85,32 @@ def _check_benchmarks(benchmarks: Sequence[Benchmark]) -> None:
         raise ValueError(f'`benchmarks` holds {repeated} twice; tell them apart: Perplexity(dataset, name="news").')
 
 
+def _baselines(baseline: Any) -> dict[str, Any]:
+    """The models that the student is compared with, by name."""
+    if baseline is None:
+        return {}
+    if not isinstance(baseline, Mapping):
+        return {BASELINE: baseline}
+    taken = [name for name in baseline if name in (STUDENT, TEACHER) or not isinstance(name, str) or not name]
+    if taken or not baseline:
+        raise ValueError(
+            f"`baseline` has the names {list(baseline)}; expected at least one, and other names than "
+            f"{STUDENT!r} and {TEACHER!r}: `baseline={{'before distillation': model}}`."
+        )
+    return dict(baseline)
+
+
 def _measure(benchmark: Benchmark, lineup: Lineup) -> tuple[RetentionRow, np.ndarray]:
     """One row, and the bootstrap replicates of its retention."""
     scores = benchmark.score(lineup)
     values = {role: _finite(benchmark, role, benchmark.value(item.mean())) for role, item in scores.items()}
-    student, teacher, chance = values["student"], values[TEACHER], benchmark.chance(lineup)
+    student, teacher, chance = values[STUDENT], values[TEACHER], benchmark.chance(lineup)
+    baselines = {role: value for role, value in values.items() if role not in (STUDENT, TEACHER)}
     keep = partial(retention, higher_is_better=benchmark.higher_is_better, chance=chance)
-    means = resampled_means([scores["student"], scores[TEACHER]])
+    means = resampled_means([scores[STUDENT], scores[TEACHER]])
     replicates = keep(*(benchmark.value(mean) for mean in means))
+    if np.array_equal(scores[STUDENT].numerator, scores[TEACHER].numerator):
+        replicates = np.ones_like(replicates)  # also in the draws in which the teacher is no better than chance
     kept = None if student is None or teacher is None else float(keep(student, teacher))
     kept = kept if kept is not None and math.isfinite(kept) else None
     n = len(scores[TEACHER])
@@ -197,10 +124,12 @@ def _measure(benchmark: Benchmark, lineup: Lineup) -> tuple[RetentionRow, np.nda
         n=n,
         teacher=teacher,
         student=student,
-        baseline=values.get("baseline"),
+        baseline=next(iter(baselines.values()), None),
         retention=kept,
         ci_low=low,
         ci_high=high,
+        baselines=baselines,
+        license=benchmark.license,
     )
     return row, replicates
 
@@ -210,3 +139,13 @@ def _finite(benchmark: Benchmark, role: str, value: Any) -> float | None:
         return float(value)
     warnings.warn(f"The {role}'s {benchmark.metric} on {benchmark.name!r} is {value}: it is left out.", stacklevel=4)
     return None
+
+
+def _footprints(lineup: Lineup) -> tuple[Footprint, ...]:
+    """Of every model that is here, the teacher first."""
+    measured = []
+    for role in (TEACHER, *(role for role in lineup.models if role != TEACHER)):
+        if module_of(lineup.models[role]) is not None:
+            with lineup.running(role) as module:
+                measured.append(footprint(role, module))
+    return tuple(measured)

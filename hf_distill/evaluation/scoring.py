@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TEACHER = "teacher"
+T = TypeVar("T")
+STUDENT, TEACHER = "student", "teacher"
 STATISTICS = ("nll", "kl", "agreement", "correct")
+# Of the expected calibration error, as in Guo et al., "On Calibration of Modern Neural Networks" (arXiv:1706.04599).
+CONFIDENCE_BINS = 15
 # Sizes of fp32 logits: of what is projected at once, and of what is evaluated at once. The second is small, so that
 # the allocator hands the same memory out again.
 TILE_BYTES = 2**25
@@ -40,10 +43,14 @@ class RowSums:
     Args:
         count: `[n]` float64, the number of scored positions.
         sums: `[n]` float64 per name of `STATISTICS`.
+        gaps: `[n, 15]` float64: correct (0 or 1) less confidence, summed over the positions of each confidence bin.
+        answers: `[n]` int64, the token or class that was ranked first at a scored position: a classifier's answer.
     """
 
     count: np.ndarray
     sums: Mapping[str, np.ndarray]
+    gaps: np.ndarray
+    answers: np.ndarray
 
 
 class Lineup:
@@ -67,8 +74,7 @@ class Lineup:
                 f"The models have different tasks: {tasks}; expected models of one task, to compare them."
             )
         self.task = tasks[TEACHER]
-        self._rows: dict[Any, list[Row]] = {}
-        self._sums: dict[Any, dict[str, RowSums]] = {}
+        self._known: dict[Hashable, Any] = {}
 
     def classes(self) -> int:
         """How many classes the classifiers tell apart.
@@ -88,34 +94,71 @@ class Lineup:
             ValueError: There is none, or an id is not in a model's vocabulary; see also `tokenize`.
         """
         # A dataset is kept alive by its benchmark for as long as this object is used: its id stays its own.
-        key = (id(dataset), max_length)
-        if key not in self._rows:
-            rows = tokenize(dataset, self.task, self.tokenizer, max_length)
-            rows = [row for row in rows if count_targets(row, self.task) > 0]
-            if not rows:
-                raise ValueError(
-                    f"`dataset` ({len(dataset)} rows) has no labelled token: every label is -100, or every row has "
-                    "one token. Look at the prompt mask and at `max_length`, which may cut the answers off."
-                )
-            for role, model in self.models.items():
-                if (width := _width(model)) is not None:
-                    _check_ids(rows, role, width)
-            self._rows[key] = rows
-        return self._rows[key]
+        return self.once(("rows", id(dataset), max_length), lambda: self._read(dataset, max_length))
+
+    def _read(self, dataset: Dataset, max_length: int | None) -> list[Row]:
+        rows = tokenize(dataset, self.task, self.tokenizer, max_length)
+        rows = [row for row in rows if count_targets(row, self.task) > 0]
+        if not rows:
+            raise ValueError(
+                f"`dataset` ({len(dataset)} rows) has no labelled token: every label is -100, or every row has "
+                "one token. Look at the prompt mask and at `max_length`, which may cut the answers off."
+            )
+        for role, model in self.models.items():
+            if (width := _width(model)) is not None:
+                _check_ids(rows, role, width)
+        return rows
 
     def row_sums(self, dataset: Dataset, max_length: int | None, batch_size: int) -> dict[str, RowSums]:
         """The sums of every model over the rows of a dataset, computed once."""
-        key = (id(dataset), max_length, batch_size)
-        if key not in self._sums:
-            self._sums[key] = _score(self.models, self.task, self.rows(dataset, max_length), batch_size)
-        return self._sums[key]
+        key = ("sums", id(dataset), max_length, batch_size)
+        return self.once(key, lambda: _score(self.models, self.task, self.rows(dataset, max_length), batch_size))
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What several benchmarks share: the first that asks for a key computes it."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    @contextmanager
+    def running(self, role: str) -> Iterator[Any]:
+        """The whole model of a role, for what only a model can do: generate, be timed.
+
+        Raises:
+            ValueError: It is a teacher that has no model here, such as a cache.
+        """
+        model = self.models[role]
+        if isinstance(model, nn.Module):
+            yield model
+            return
+        with model.as_model() as module:
+            yield module
+
+    def check_text_models(self, benchmark: str) -> None:
+        """Check what a benchmark of texts needs: a tokenizer, and every model itself.
+
+        Raises:
+            ValueError: One is missing.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{benchmark} reads texts and `tokenizer` is None; expected the student's tokenizer: "
+                "evaluate_retention(student, teacher, benchmarks, tokenizer=tokenizer)."
+            )
+        for role in self.models:
+            with self.running(role):
+                pass
 
 
 @contextmanager
 def preserved_state(models: Iterable[Any]) -> Iterator[None]:
-    """Put models in evaluation mode without gradients; give back every module's mode and all random states."""
-    modules = [module for model in models if (module := _module(model)) is not None]
+    """Put models in evaluation mode without gradients.
+
+    Every module's mode, the device of a model that is on one, and all random states are given back.
+    """
+    modules = [module for model in models if (module := module_of(model)) is not None]
     modes = {part: part.training for module in modules for part in module.modules()}
+    places = [_devices(module) for module in modules]
     devices = {p.device for module in modules for p in module.parameters() if p.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
@@ -128,12 +171,21 @@ def preserved_state(models: Iterable[Any]) -> Iterator[None]:
         finally:
             for part, training in modes.items():
                 part.training = training
+            for module, place in zip(modules, places, strict=True):
+                if len(place) == 1 and _devices(module) != place:
+                    module.to(*place)
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 
 
-def _module(model: Any) -> nn.Module | None:
-    return model if isinstance(model, nn.Module) else getattr(model, "model", None)
+def _devices(module: nn.Module) -> set[torch.device]:
+    return {parameter.device for parameter in module.parameters()}
+
+
+def module_of(model: Any) -> nn.Module | None:
+    """The model itself, or that of a Teacher; None for one that has none here."""
+    module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    return module if isinstance(module, nn.Module) else None
 
 
 def _task(model: Any) -> str:
@@ -166,21 +218,42 @@ def _score(models: Mapping[str, Any], task: str, rows: list[Row], batch_size: in
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     widest = max(_width(model) or 1 for model in models.values())
     tile_rows = max(1, TILE_BYTES // (4 * widest))
-    count = torch.zeros(len(rows), dtype=torch.float64)
-    sums = {role: torch.zeros(len(STATISTICS), len(rows), dtype=torch.float64) for role in models}
+    found = {role: _Accumulator(len(rows)) for role in models}
     for start in tqdm(range(0, len(rows), batch_size), desc="Scoring", disable=None, leave=False):
         index = torch.tensor(order[start : start + batch_size])
         batch = collate([rows[i] for i in index.tolist()])
         targets = Targets.from_labels(batch["labels"], shift=task == "causal_lm")
         row = index[targets.index // (batch["labels"].numel() // len(index))]
         projections = {role: project(model, task, batch).at(targets.index) for role, model in models.items()}
-        count.index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
         for tile in torch.arange(len(targets)).split(tile_rows):
             for role, values in _statistics(projections, targets.labels, tile).items():
-                sums[role].index_add_(1, row[tile], values)
-    return {
-        role: RowSums(count.numpy(), dict(zip(STATISTICS, part.numpy(), strict=True))) for role, part in sums.items()
-    }
+                found[role].add(row[tile], values)
+    return {role: accumulator.result() for role, accumulator in found.items()}
+
+
+class _Accumulator:
+    """The sums of one model over n rows."""
+
+    def __init__(self, rows: int) -> None:
+        self.count = torch.zeros(rows, dtype=torch.float64)
+        self.sums = torch.zeros(len(STATISTICS), rows, dtype=torch.float64)
+        self.gaps = torch.zeros(rows, CONFIDENCE_BINS, dtype=torch.float64)
+        self.answers = torch.zeros(rows, dtype=torch.int64)
+
+    def add(self, row: Tensor, values: Tensor) -> None:
+        """Add positions: the row of each `[m]`, and what `_compare` gives `[6, m]`."""
+        *_, correct, confidence, answer = values
+        self.count.index_add_(0, row, torch.ones_like(confidence))
+        self.sums.index_add_(1, row, values[: len(STATISTICS)])
+        # Bins are open on the left: 1/15 belongs to the first. A model without a number has none in any bin.
+        position = (confidence.nan_to_num() * CONFIDENCE_BINS).ceil().long() - 1
+        position = position.clamp(0, CONFIDENCE_BINS - 1) + row * CONFIDENCE_BINS
+        self.gaps.view(-1).index_add_(0, position, correct - confidence)
+        self.answers[row] = answer.long()
+
+    def result(self) -> RowSums:
+        sums = dict(zip(STATISTICS, self.sums.numpy(), strict=True))
+        return RowSums(self.count.numpy(), sums, self.gaps.numpy(), self.answers.numpy())
 
 
 def project(model: Any, task: str, batch: Mapping[str, Tensor]) -> Projection:
@@ -189,7 +262,7 @@ def project(model: Any, task: str, batch: Mapping[str, Tensor]) -> Projection:
     Raises:
         ValueError: It is a teacher that gives sparse targets.
     """
-    module = _module(model)
+    module = module_of(model)
     inputs: dict[str, Any] = dict(batch) if module is None else _inputs_for(unwrap(module), batch)
     if not isinstance(model, nn.Module):
         logits = model.signals(inputs, frozenset({Signal.LOGITS})).logits
@@ -220,7 +293,7 @@ def _inputs_for(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str
 
 
 def _statistics(projections: Mapping[str, Projection], labels: Tensor, tile: Tensor) -> dict[str, Tensor]:
-    """`STATISTICS` of every model on some of the scored positions, `[4, n]` float64 on the CPU."""
+    """What `_compare` gives for every model on some of the scored positions, `[6, n]` float64 on the CPU."""
     parts = {role: projection.at(tile) for role, projection in projections.items()}
     logits = {role: part.head(part.hidden) for role, part in parts.items()}
     teacher = logits[TEACHER]
@@ -234,12 +307,15 @@ def _statistics(projections: Mapping[str, Projection], labels: Tensor, tile: Ten
 
 
 def _compare(student: Tensor, teacher: Tensor, gold: Tensor) -> Tensor:
-    """`STATISTICS` of a block of logits, `[4, n]`."""
+    """`STATISTICS` of a block of logits, the probability of the first rank and what stands there, `[6, n]`."""
     shared = min(student.shape[-1], teacher.shape[-1])
+    first, answer = student.max(-1)
     values = (
         torch.nn.functional.cross_entropy(student.float(), gold, reduction="none"),
         forward_kl(student[..., :shared], teacher[..., :shared]),
         student[..., :shared].argmax(-1) == teacher[..., :shared].argmax(-1),
-        student.argmax(-1) == gold,
+        answer == gold,
+        (first.float() - student.float().logsumexp(-1)).exp(),
+        answer,  # exact in fp32 up to 16.7 million tokens
     )
     return torch.stack([value.float() for value in values])

@@ -60,6 +60,12 @@ class AdapterDisabledTeacher(Teacher):
         """Depth and width; see `Teacher.shape`."""
         return shape_of(self.model, "teacher")
 
+    @contextmanager
+    def as_model(self) -> Iterator[nn.Module]:
+        """The student without its adapter; see `Teacher.as_model`."""
+        with self._adapter_disabled():
+            yield self.model
+
     def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: Layers) -> TeacherSignals:
         inputs = model_inputs(unwrap(self.model), batch)
         with torch.no_grad(), self._adapter_disabled():

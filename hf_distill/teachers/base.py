@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.anatomy import task_of, unwrap
@@ -75,6 +77,19 @@ class Teacher(ABC):
             ValueError: It has no layers, or they cannot be told.
         """
         raise ValueError(f"`teacher_model`: a {type(self).__name__} has no layers to compare; use a ModelTeacher.")
+
+    @contextmanager
+    def as_model(self) -> Iterator[nn.Module]:
+        """The model that gives its signals, for what only a model can do: generate, be timed.
+
+        Raises:
+            ValueError: It has none here.
+        """
+        raise ValueError(
+            f"A {type(self).__name__} has no model that could generate or be timed; pass the model that it was made "
+            "from: `evaluate_retention(student, load_teacher(name), ...)`."
+        )
+        yield
 
     def remedy(self, missing: Collection[Signal]) -> str:
         """What to do about signals that it does not provide; the end of a message."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,6 +95,13 @@ class ModelTeacher(Teacher):
     def shape(self) -> ModelShape:
         """Depth and width; see `Teacher.shape`."""
         return shape_of(self.model, "teacher")  # not the base: an adapter may change what can be heard
+
+    @contextmanager
+    def as_model(self) -> Iterator[nn.Module]:
+        """The model, computing in the precision of its own weights; see `Teacher.as_model`."""
+        self.model.eval()
+        with torch.autocast(self._base.device.type, enabled=False):
+            yield self.model
 
     def _signals(self, batch: Mapping[str, Any], needs: frozenset[Signal], layers: Layers) -> TeacherSignals:
         home = batch["input_ids"].device

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_distill.anatomy import resolve_head, shape_of, task_of, unwrap
-from hf_distill.cards import write_card
+from hf_distill.cards import draw_plots, write_card
 from hf_distill.evaluation import Benchmark, RetentionReport, evaluate_retention
 from hf_distill.functional import LinearLossOutput, reduce_sum
 from hf_distill.objectives import LogitObjective, Objective, logit_loss
@@ -314,7 +314,8 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
 
         Args:
             benchmarks: For example `[Perplexity(held_out), KLDivergence(held_out)]`.
-            baseline: Another model to report beside the student, for example the student before distillation.
+            baseline: Another model to report beside the student, for example the student before distillation, or
+                several by name.
         """
         self.retention_report = evaluate_retention(
             self.model, self.teacher, benchmarks, self.processing_class, baseline
@@ -324,6 +325,8 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
     def create_model_card(self, **facts: Any) -> None:
         """Write `README.md` into the output folder: what was done and measured, nothing else.
 
+        Plots of the retention are written beside it where matplotlib is installed.
+
         It runs by itself in `push_to_hub`, which passes its keyword arguments on.
 
         Args:
@@ -331,7 +334,8 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
                 `hf_distill.cards.DistillationCard`.
         """
         if self.is_world_process_zero():
-            write_card(trainer_card(self, **facts), self.args.output_dir)
+            plots = draw_plots(self.retention_report, self.args.output_dir)
+            write_card(trainer_card(self, **({"plots": plots} | facts)), self.args.output_dir)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from hf_distill import RetentionReport, push_distilled
 from hf_distill.cards import DistillationCard
 from hf_distill.cli.main import main
-from hf_distill.evaluation.retention import RetentionRow
+from hf_distill.evaluation import RetentionRow
 from tests import tiny
 from tests.hub import local_hub
 

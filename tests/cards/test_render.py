@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_distill.cards import Dataset, DistillationCard, Loss, Table, installed_versions, is_hub_id, render_card
-from hf_distill.evaluation import RetentionReport, RetentionRow
+from hf_distill.evaluation import Footprint, RetentionReport, RetentionRow
 
 
 def row(benchmark="perplexity", metric="perplexity", *, higher=False, chance=0.0, n=500, **values):
@@ -162,6 +162,45 @@ def test_one_benchmark_is_named_in_the_headline():
     text = render_card(DistillationCard(name="student", teacher="org/teacher", report=report))
 
     assert "**Keeps 81.5 % of its teacher (perplexity, 95 % interval 79.0 to 84.0 %, 500 items).**" in text
+
+
+def test_the_mean_stands_under_the_table_where_it_is_a_mean():
+    text = render_card(FULL)
+    one = render_card(DistillationCard("s", "t", report=RetentionReport(REPORT.rows[:1])))
+
+    assert "\n\nMean retention 84.5 % (2 benchmarks, 95 % interval 82.0 to 87.0 %).\n\n" in text
+    assert "Mean retention" not in one
+
+
+def test_plots_are_shown():
+    text = render_card(DistillationCard("s", "t", report=REPORT, plots=["retention.png", "tradeoff.png"]))
+
+    assert "\n\n![Retention on every benchmark](retention.png)\n\n" in text
+    assert "\n\n![Retention against size](tradeoff.png)\n\nRetention is" in text
+    assert "![" not in render_card(FULL)
+
+
+def test_measured_sizes_are_written_unless_a_table_is_given():
+    sizes = (Footprint("teacher", 134_515_008, 269_030_016, 895.4, 300_000_000, "bfloat16", "cpu"),)
+    report = RetentionReport(REPORT.rows, footprints=sizes)
+
+    text = render_card(DistillationCard("s", "t", report=report))
+    own = render_card(DistillationCard("s", "t", report=report, measurements=FULL.measurements))
+
+    assert "## Size and speed\n\n| model | parameters | weights (MB) | tokens/s |" in text
+    assert "| teacher | 134,515,008 | 269 | 895 | 300 | bfloat16 | cpu |" in text
+    assert "weights (MB)" not in own
+
+
+def test_several_baselines_have_a_column_each():
+    baselines = {"before distillation": 0.5, "labels alone": 0.8}
+    values = {"teacher": 0.9, "student": 0.85, "retention": 0.94, "baselines": baselines}
+    report = RetentionReport((row("reviews", "accuracy", higher=True, **values),))
+
+    text = render_card(DistillationCard("s", "t", report=report))
+
+    assert "| teacher | student | before distillation | labels alone | retention |" in text
+    assert "| 0.9 | 0.85 | 0.5 | 0.8 | 94.0 % |" in text
 
 
 def test_folders_are_named_and_never_located(tmp_path):

@@ -48,6 +48,14 @@ def test_classifiers_get_their_own_metrics(tmp_path):
     assert [row.metric for row in rows] == ["accuracy", "kl", "top1_agreement"]
 
 
+def test_metrics_can_be_chosen_and_something_must_be_measured(models, tmp_path, capsys):
+    arguments = [*models, "--dataset", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "report.json")]
+    assert main(["evaluate", *arguments, "--metrics", "ece", "kl"]) == 0
+    assert [row.metric for row in RetentionReport.load(tmp_path / "report.json").rows] == ["ece", "kl"]
+    assert main(["evaluate", *models]) == 2
+    assert "Nothing is measured" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_model_gets_no_card(tmp_path, capsys):
     assert main(["card", str(tmp_path)]) == 2
     assert "holds no model" in capsys.readouterr().err

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -76,7 +77,8 @@ def test_benchmarks_on_one_dataset_share_one_pass():
     for name, model in (("student", student), ("teacher", teacher)):
         model.register_forward_hook(lambda *_, name=name: calls.append(name))
 
-    evaluate_retention(student, teacher, [Perplexity(dataset), KLDivergence(dataset), Top1Agreement(dataset)])
+    benchmarks = [Perplexity(dataset), KLDivergence(dataset), Top1Agreement(dataset)]
+    evaluate_retention(student, teacher, benchmarks, measure_footprints=False)
 
     assert sorted(calls) == ["student", "teacher"]
 
@@ -100,18 +102,87 @@ def test_a_report_survives_json(report, tmp_path):
 def test_only_plain_numbers_are_in_a_report(report):
     values = [value for row in report.to_dict()["rows"] for value in row.values()]
     values += [report.mean_retention, report.mean_ci_low, report.mean_ci_high]
+    values += [value for item in report.to_dict()["footprints"] for value in item.values()]
 
-    assert {type(value) for value in values} <= {str, bool, int, float, type(None)}
+    assert {type(value) for value in values} <= {str, bool, int, float, dict, type(None)}
 
 
-def test_a_report_prints_a_table(report):
-    lines = str(report).splitlines()
+def test_a_report_prints_its_tables_and_the_mean(report):
+    text = str(report)
 
+    assert "┃" in text
+    assert re.search(r"│ perplexity +│ perplexity \(lower is better\) +│ +6 │", text)
+    assert f"Mean retention {100 * report.mean_retention:.1f} % (2 benchmarks, 95 % interval" in text
+    assert re.search(r"│ teacher +│ +[\d,]+ │ +[\d.]+ │ +[\d,]+ │ +[\d.]+ │ float32 +│ cpu", text)
+    assert "nan" not in text.lower()
+    assert "None" not in text
+
+
+def test_a_report_prints_without_rich_too(report, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    tables = str(report).split("\n\n")
+
+    assert len(tables) == 4
+    lines = tables[0].splitlines()
     assert len(lines) == 5
     assert lines[0].split(" | ")[5] == "baseline"
-    assert "lower is better" in lines[2]
-    assert "nan" not in str(report).lower()
-    assert "None" not in str(report)
+    assert tables[1].startswith("Mean retention ")
+    assert tables[2].startswith("| model | parameters |")
+
+
+def test_several_baselines_are_measured_and_named():
+    dataset = tiny.tokenized_dataset(6)
+    before, alone = tiny.model(seed=3), tiny.model(seed=4)
+    baselines = {"before distillation": before, "cross-entropy only": alone}
+
+    report = evaluate_retention(
+        tiny.model(seed=1), tiny.model(seed=2), [Perplexity(dataset), Top1Agreement(dataset)], baseline=baselines
+    )
+
+    single = evaluate_retention(alone, tiny.model(seed=2), [Perplexity(dataset), Top1Agreement(dataset)])
+    assert report.baselines == list(baselines)
+    assert report.rows[0].baselines["cross-entropy only"] == single.rows[0].student
+    assert report.rows[0].baseline == report.rows[0].baselines["before distillation"]
+    assert report.mean_retention_of("cross-entropy only") == pytest.approx(single.mean_retention)
+    assert "| student | before distillation | cross-entropy only | retention |" in report.to_markdown()
+    assert [item.model for item in report.footprints] == ["teacher", "student", *baselines]
+    assert RetentionReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+@pytest.mark.parametrize("baseline", [{"teacher": None}, {"": None}, {}, {1: None}])
+def test_baselines_without_a_name_of_their_own_are_refused(baseline):
+    with pytest.raises(ValueError, match="`baseline` has the names"):
+        evaluate_retention(tiny.model(), tiny.model(), [Perplexity(tiny.tokenized_dataset(1))], baseline=baseline)
+
+
+def test_a_mean_over_other_benchmarks_than_the_student_is_not_given(report):
+    first, *others = report.rows
+    rows = (replace(first, baseline=None, baselines={"baseline": None}), *others)
+
+    assert report.mean_retention_of("baseline") is not None
+    assert replace(report, rows=rows).mean_retention_of("baseline") is None
+
+
+def test_a_report_that_an_older_version_saved_is_read(report):
+    saved = report.to_dict()
+    del saved["footprints"]
+    for row in saved["rows"]:
+        del row["baselines"], row["license"]
+
+    old = RetentionReport.from_dict(saved)
+
+    assert old.rows == report.rows
+    assert old.footprints == ()
+
+
+def test_a_licence_of_the_items_is_reported():
+    dataset = tiny.tokenized_dataset(2)
+
+    report = evaluate_retention(tiny.model(), tiny.model(), [Perplexity(dataset, license="mit")])
+
+    assert report.rows[0].license == "mit"
+    assert report.to_markdown().splitlines()[0].endswith("| licence |")
 
 
 def test_a_broken_student_gives_a_warning_and_no_number():
@@ -201,17 +272,6 @@ def test_text_without_a_tokenizer_is_refused_before_any_model_runs():
 
     with pytest.raises(ValueError, match="tokenizer=tokenizer"):
         evaluate_retention(tiny.model(), teacher, [Perplexity(tiny.text_dataset(1))])
-
-
-def test_an_unknown_metric_is_refused():
-    with pytest.raises(ValueError, match="accuracy"):
-        load_metric("f1")
-
-
-def test_the_metric_takes_arrays():
-    values = {"predictions": np.array([0, 1, 2]), "references": np.array([0, 1, 1])}
-
-    assert load_metric("accuracy").compute(**values) == {"accuracy": pytest.approx(2 / 3)}
 
 
 def test_rows_are_items_and_tokens_are_their_weight():

@@ -187,6 +187,31 @@ def test_everything_is_given_back():
     assert student(torch.tensor([[5, 6]])).logits.shape == (1, 2, 320)
 
 
+def test_a_model_that_was_moved_is_moved_back():
+    model = tiny.model()
+    weight = model.lm_head.weight
+
+    class Elsewhere(torch.nn.Module):
+        """A model that remembers where it was sent; there is one device here."""
+
+        def __init__(self):
+            super().__init__()
+            self.place, self.sent = torch.device("cpu"), []
+
+        def parameters(self, recurse=True):
+            return iter([torch.empty(1, device=self.place)])
+
+        def to(self, device):
+            self.sent.append(device)
+
+    moved = Elsewhere()
+    with preserved_state([model, moved]):
+        moved.place = torch.device("meta")
+
+    assert moved.sent == [torch.device("cpu")]
+    assert model.lm_head.weight is weight
+
+
 def test_everything_is_given_back_after_an_error():
     student = tiny.model().train()
     state = torch.get_rng_state()

@@ -16,7 +16,7 @@ def load_metric(name: str) -> EvaluationModule:
     """Load a metric that this package ships; `evaluate.load(name)` would ask the Hub for it.
 
     Args:
-        name: `accuracy`.
+        name: `accuracy`, `f1`, `exact_match` or `rouge`.
 
     Raises:
         ValueError: No such metric is shipped.

@@ -1,0 +1,131 @@
+"""What a model costs to keep and to run: its size, its speed and its memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.anatomy import unwrap
+from hf_distill.evaluation.speed import tokens_per_second
+
+
+# What is timed: small enough for a CPU, long enough that the layers and not their launches are measured.
+ROWS, LENGTH = 4, 128
+PROFILER_LOG_LEVEL = "KINETO_LOG_LEVEL"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Size, speed and memory of one model. What could not be measured is None.
+
+    Args:
+        model: "teacher", "student", or the name of a model that the student is compared with.
+        parameters: How many, those of a PEFT adapter included; of packed 4-bit weights all of them.
+        weight_bytes: Bytes on disk of the weights as `save_pretrained` writes them, a PEFT student's base included.
+        tokens_per_second: Read in forward passes over 4 rows of 128 tokens, of less for models of few positions.
+        peak_bytes: The weights and the most that such a pass allocates beside them.
+        dtype: Of the weights.
+        device: Where it ran.
+    """
+
+    model: str
+    parameters: int
+    weight_bytes: int
+    tokens_per_second: float | None
+    peak_bytes: int | None
+    dtype: str
+    device: str
+
+
+def footprint(name: str, model: nn.Module) -> Footprint:
+    """Measure a model where it is, in its own dtype; call it in `preserved_state`.
+
+    Args:
+        name: Of the model in the report.
+        model: A language model or a classifier, wrapped or not.
+    """
+    base = unwrap(model)
+    sample = _sample(base)
+    size = weight_bytes(model)
+    return Footprint(
+        model=name,
+        parameters=_count_parameters(base, model),
+        weight_bytes=size,
+        tokens_per_second=tokens_per_second(model, sample),
+        peak_bytes=size + peak_bytes(model, sample),
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=base.device.type,
+    )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights as they are saved: every tensor of its state once, a tied head not twice."""
+    tensors = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
+    return sum(_numel(value) * value.element_size() for value in {id(value): value for value in tensors}.values())
+
+
+def peak_bytes(model: nn.Module, input_ids: Tensor) -> int:
+    """The most that one forward pass has allocated at any time, beside what was there before it."""
+    with torch.no_grad():
+        if input_ids.is_cuda:
+            before = torch.cuda.memory_allocated(input_ids.device)
+            torch.cuda.reset_peak_memory_stats(input_ids.device)
+            model(input_ids=input_ids)
+            return torch.cuda.max_memory_allocated(input_ids.device) - before
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with _quiet_profiler(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            model(input_ids=input_ids)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    now = peak = 0
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Keep the profiler's library, which reads this when it is first used, from writing two lines a pass to stderr."""
+    given = os.environ.get(PROFILER_LOG_LEVEL)
+    os.environ[PROFILER_LOG_LEVEL] = given or "99"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[PROFILER_LOG_LEVEL]
+
+
+def _sample(base: Any) -> Tensor:
+    """Ids `[4, 128]`, or half as long as the model has positions, from a generator of their own."""
+    config = base.config.get_text_config()
+    length = min(LENGTH, (getattr(config, "max_position_embeddings", None) or 2 * LENGTH) // 2)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator)
+    return ids.to(base.device)
+
+
+def _count_parameters(base: Any, model: nn.Module) -> int:
+    """Parameters of the whole model, and of the adapter around its base."""
+    own = {id(parameter) for parameter in base.parameters()}
+    around = sum(_numel(parameter) for parameter in model.parameters() if id(parameter) not in own)
+    if any(hasattr(parameter, "ds_numel") for parameter in base.parameters()):
+        return around + sum(_numel(parameter) for parameter in base.parameters())
+    return around + base.num_parameters()
+
+
+def _numel(tensor: Tensor) -> int:
+    """Elements of the whole tensor; ZeRO-3 leaves a part of it here."""
+    return getattr(tensor, "ds_numel", tensor.numel())
