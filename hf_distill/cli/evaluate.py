@@ -37,6 +37,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from hf_distill import evaluate_retention, load_teacher
     from hf_distill.cli.data import load
     from hf_distill.evaluation import (
+        Benchmark,
         ClassificationAccuracy,
         ClassificationF1,
         ExpectedCalibrationError,
@@ -50,10 +51,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ValueError("Nothing is measured: give a `--dataset`, or `--tasks` of lm-eval.")
     dataset = options.dataset and load(options.dataset, options.split)
     teacher = load_teacher(options.teacher, quantization=options.quantization, dtype=options.dtype)
-    kinds = {kind.metric: kind for kind in (Perplexity, KLDivergence, Top1Agreement, ExpectedCalibrationError)}
-    kinds |= {kind.metric: kind for kind in (ClassificationAccuracy, ClassificationF1)}
+    known: tuple[Any, ...] = (Perplexity, KLDivergence, Top1Agreement, ExpectedCalibrationError)
+    known += (ClassificationAccuracy, ClassificationF1)
+    kinds = {kind.metric: kind for kind in known}
     names = () if dataset is None else options.metrics or DEFAULTS[teacher.task]
-    benchmarks = [kinds[name](dataset, max_length=options.max_length) for name in names]
+    benchmarks: list[Benchmark] = [kinds[name](dataset, max_length=options.max_length) for name in names]
     benchmarks += [LMEvalTask(task) for task in options.tasks]
     student, baseline = (
         None if name is None else load_teacher(name, dtype=options.dtype, task=teacher.task).model
