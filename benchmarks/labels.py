@@ -12,7 +12,7 @@ import importlib.util
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from hf_distill.cache import CacheReader, build_cache
 from hf_distill.cache.registry import PRESETS
 from hf_distill.cache.rows import rows_of as rows_of_example
 from hf_distill.functional import LMHead, SparseLogits, linear_distillation_loss
-from hf_distill.signals import Projection
+from hf_distill.signals import Projection, Signal, TeacherSignals
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
@@ -112,7 +112,7 @@ def _measure(setting: Setting, names: list[str], threads: int) -> dict[str, Any]
     torch.manual_seed(0)
     _, teacher = models([0])
     rows = rows_of(teacher, setting)
-    outputs = _outputs(teacher.model, rows, setting.noise)
+    outputs = _outputs(teacher, rows, setting.noise)
     exact = _gradient(outputs, partial(_ours, outputs, outputs.teacher))
     found = {}
     for name in names:
@@ -127,16 +127,29 @@ def _measure(setting: Setting, names: list[str], threads: int) -> dict[str, Any]
 
 @torch.no_grad()
 def _outputs(teacher: Any, rows: Dataset, noise: float) -> Outputs:
-    student, ids = copy.deepcopy(teacher), torch.tensor(rows["input_ids"])
+    student, ids = copy.deepcopy(teacher.model), torch.tensor(rows["input_ids"])
     for weight in student.parameters():
         if weight.dim() > 1:
             weight += torch.randn_like(weight) * (noise * weight.float().std())
     hidden, known = (
-        torch.cat([model.model(input_ids=part).last_hidden_state[:, :-1].flatten(0, 1) for part in ids.split(8)])
-        for model in (student, teacher)
+        torch.cat([model.model(input_ids=part).last_hidden_state for part in ids.split(8)])
+        for model in (student, teacher.model)
     )
-    head, teacher_head = (LMHead(model.lm_head.weight.detach()) for model in (student, teacher))
+    head, teacher_head = (LMHead(model.lm_head.weight.detach()) for model in (student, teacher.model))
+    _recall(teacher, {tuple(row): states for row, states in zip(ids.tolist(), known, strict=True)}, teacher_head)
+    hidden, known = (states[:, :-1].flatten(0, 1) for states in (hidden, known))
     return Outputs(hidden, head, Projection(known, teacher_head), ids[:, 1:].flatten())
+
+
+def _recall(teacher: Any, known: dict[tuple[int, ...], Tensor], head: LMHead) -> None:
+    """Let a teacher say again what it said of rows: each case asks for the same, which is minutes of work."""
+
+    def signals(batch: Mapping[str, Tensor], needs: Collection[Signal]) -> TeacherSignals:
+        return TeacherSignals(
+            Projection(torch.stack([known[tuple(row)] for row in batch["input_ids"].tolist()]), head)
+        )
+
+    teacher.signals = signals
 
 
 def _gradient(outputs: Outputs, loss: Loss) -> Gradient:
