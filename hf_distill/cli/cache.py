@@ -17,7 +17,6 @@ SOURCES = {
 }
 # Options of `build` that say how rows are made, and of which the cache itself knows nothing.
 OF_TEXTS = ("split", "max_length", "assistant_only_loss")
-FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def add_to(commands: Any) -> None:
@@ -94,9 +93,10 @@ def _teacher(teacher: str, name: str | None, vocab_size: int | None) -> Any:
 
 def _rows(options: argparse.Namespace) -> tuple[Any, Any]:
     """A dataset of token ids, and the tokenizer if one is named or was needed."""
+    from hf_distill.cli.data import load
     from hf_distill.cli.prepare import prepare
 
-    dataset, tokenizer = _load(options.dataset, options.split), _tokenizer(options.tokenizer)
+    dataset, tokenizer = load(options.dataset, options.split), _tokenizer(options.tokenizer)
     if "input_ids" in dataset.column_names:
         if options.max_length is not None or options.assistant_only_loss:
             raise ValueError(
@@ -156,21 +156,6 @@ def _import_distillkit(options: argparse.Namespace) -> None:
         f"{done.heaviest:.4g}, and were scaled down to 1; the labels of {done.unknown_labels:,} were not among the ids"
     )
     _info(argparse.Namespace(path=options.out))
-
-
-def _load(name: str, split: str) -> Any:
-    """A dataset by what its name is: a saved folder, a file, or one of the Hub."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    path = Path(name)
-    if path.is_dir():
-        dataset = load_from_disk(name)
-        return dataset[split] if isinstance(dataset, DatasetDict) else dataset
-    if path.is_file():
-        if path.suffix not in FILES:
-            raise ValueError(f"`--dataset` is {name}; expected a file of {sorted(FILES)}, a folder or a Hub name.")
-        return load_dataset(FILES[path.suffix], data_files=name, split="train")
-    return load_dataset(name, split=split)
 
 
 def _info(options: argparse.Namespace) -> None:
