@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,9 @@ STATISTICS = ("nll", "kl", "agreement", "correct")
 TILE_BYTES = 2**25
 BLOCK_BYTES = 2**22
 
+# Logits `[n, V]` by role and labels `[n]` of a block of positions, all on one device, to `[k, n]` by any name.
+Compare = Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class RowSums:
@@ -50,8 +53,7 @@ class Lineup:
     """The models that are compared, with what was already computed about them.
 
     Args:
-        models: By role; the role "teacher" is one of them. A model is a `PreTrainedModel`, a PEFT model, or anything
-            with `signals` (a Teacher).
+        models: By role. A model is a `PreTrainedModel`, a PEFT model, or anything with `signals` (a Teacher).
         tokenizer: For datasets of text.
 
     Raises:
@@ -66,7 +68,7 @@ class Lineup:
             raise ValueError(
                 f"The models have different tasks: {tasks}; expected models of one task, to compare them."
             )
-        self.task = tasks[TEACHER]
+        self.task = next(iter(tasks.values()))
         self._rows: dict[Any, list[Row]] = {}
         self._sums: dict[Any, dict[str, RowSums]] = {}
 
@@ -77,9 +79,9 @@ class Lineup:
             ValueError: The models differ in it, or have only one (regression).
         """
         counts = {role: _classes(model) for role, model in self.models.items()}
-        if len(set(counts.values())) > 1 or counts[TEACHER] < 2:
+        if len(set(counts.values())) > 1 or min(counts.values()) < 2:
             raise ValueError(f"The classifiers have {counts} classes; expected the same number, at least 2.")
-        return counts[TEACHER]
+        return min(counts.values())
 
     def rows(self, dataset: Dataset, max_length: int | None) -> list[Row]:
         """The rows with something to score.
@@ -162,25 +164,45 @@ def _check_ids(rows: list[Row], role: str, width: int) -> None:
 
 
 def _score(models: Mapping[str, Any], task: str, rows: list[Row], batch_size: int) -> dict[str, RowSums]:
-    """Run every model once over the rows, longest first so that batches hold little padding."""
+    """The sums of every model over the positions of each row."""
+    count = torch.zeros(len(rows), dtype=torch.float64)
+    sums = {role: torch.zeros(len(STATISTICS), len(rows), dtype=torch.float64) for role in models}
+    for row, tile in score_tiles(models, task, rows, batch_size, _against_teacher):
+        count.index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
+        for role, values in tile.items():
+            sums[role].index_add_(1, row, values)
+    return {
+        role: RowSums(count.numpy(), dict(zip(STATISTICS, part.numpy(), strict=True))) for role, part in sums.items()
+    }
+
+
+def score_tiles(
+    models: Mapping[str, Any], task: str, rows: list[Row], batch_size: int, compare: Compare
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Run every model once over the rows, longest first so that batches hold little padding.
+
+    Args:
+        models: By role.
+        task: Of all of them.
+        rows: What is scored.
+        batch_size: Rows of a forward pass.
+        compare: Gets the logits of few positions at a time, so that those of a batch never exist together.
+
+    Yields:
+        The rows that some scored positions are of, `[n]` int64, and what `compare` made of them, `[k, n]` float64 on
+        the CPU. The positions of a row come in their order.
+    """
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     widest = max(_width(model) or 1 for model in models.values())
     tile_rows = max(1, TILE_BYTES // (4 * widest))
-    count = torch.zeros(len(rows), dtype=torch.float64)
-    sums = {role: torch.zeros(len(STATISTICS), len(rows), dtype=torch.float64) for role in models}
     for start in tqdm(range(0, len(rows), batch_size), desc="Scoring", disable=None, leave=False):
         index = torch.tensor(order[start : start + batch_size])
         batch = collate([rows[i] for i in index.tolist()])
         targets = Targets.from_labels(batch["labels"], shift=task == "causal_lm")
         row = index[targets.index // (batch["labels"].numel() // len(index))]
         projections = {role: project(model, task, batch).at(targets.index) for role, model in models.items()}
-        count.index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
         for tile in torch.arange(len(targets)).split(tile_rows):
-            for role, values in _statistics(projections, targets.labels, tile).items():
-                sums[role].index_add_(1, row[tile], values)
-    return {
-        role: RowSums(count.numpy(), dict(zip(STATISTICS, part.numpy(), strict=True))) for role, part in sums.items()
-    }
+            yield row[tile], _compare_tile(projections, targets.labels, tile, compare)
 
 
 def project(model: Any, task: str, batch: Mapping[str, Tensor]) -> Projection:
@@ -219,18 +241,25 @@ def _inputs_for(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str
     return inputs
 
 
-def _statistics(projections: Mapping[str, Projection], labels: Tensor, tile: Tensor) -> dict[str, Tensor]:
-    """`STATISTICS` of every model on some of the scored positions, `[4, n]` float64 on the CPU."""
+def _compare_tile(
+    projections: Mapping[str, Projection], labels: Tensor, tile: Tensor, compare: Compare
+) -> dict[str, Tensor]:
+    """What `compare` makes of some of the scored positions, `[k, n]` float64 on the CPU by name."""
     parts = {role: projection.at(tile) for role, projection in projections.items()}
     logits = {role: part.head(part.hidden) for role, part in parts.items()}
-    teacher = logits[TEACHER]
-    gold = labels[tile].to(teacher.device)
+    # They meet where the teacher is, if there is one.
+    home = logits[TEACHER if TEACHER in logits else next(iter(logits))].device
     rows = max(1, BLOCK_BYTES // (4 * max(model.shape[-1] for model in logits.values())))
-    result = {}
-    for role, model in logits.items():
-        sides = model.to(teacher.device).split(rows), teacher.split(rows), gold.split(rows)
-        result[role] = torch.cat([_compare(*block) for block in zip(*sides, strict=True)], 1).cpu().double()
-    return result
+    split = {role: model.to(home).split(rows) for role, model in logits.items()}
+    blocks = [
+        compare({role: sides[i] for role, sides in split.items()}, gold)
+        for i, gold in enumerate(labels[tile].to(home).split(rows))
+    ]
+    return {name: torch.cat([block[name] for block in blocks], 1).cpu().double() for name in blocks[0]}
+
+
+def _against_teacher(logits: Mapping[str, Tensor], gold: Tensor) -> dict[str, Tensor]:
+    return {role: _compare(model, logits[TEACHER], gold) for role, model in logits.items()}
 
 
 def _compare(student: Tensor, teacher: Tensor, gold: Tensor) -> Tensor:
