@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_distill.cli import cache
+from hf_distill.cli import audit, cache, diagnose
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,7 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A subcommand that finds what it looked for wrong gives the exit status 1.
     """
     parser = argparse.ArgumentParser("hf-distill", description="Knowledge distillation for Trainer and TRL.")
-    cache.add_to(parser.add_subparsers(required=True, metavar="COMMAND"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (cache, diagnose, audit):
+        command.add_to(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options) or 0
