@@ -30,27 +30,23 @@ def add_to(commands: Any) -> None:
 
 def _audit(options: argparse.Namespace) -> int:
     from hf_distill import load_teacher
-    from hf_distill.cli.data import load, scored_rows
+    from hf_distill.cli.data import first_rows, load, scored_rows
     from hf_distill.evaluation import MemorizationReport, audit_memorization
 
     before = None if options.before is None else MemorizationReport.load(options.before)
-    members = load(options.members, options.members_split, "--members")
-    non_members = load(options.non_members, options.non_members_split, "--non-members")
+    given = {"rows": options.rows, "assistant_only_loss": options.assistant_only_loss}
+    members = first_rows(load(options.members, options.members_split, "--members"), **given)
+    non_members = first_rows(load(options.non_members, options.non_members_split, "--non-members"), **given)
     model = load_teacher(options.model, dtype=options.dtype)
     reference = None if options.reference is None else load_teacher(options.reference, dtype=options.dtype).model
-    limits = {"max_length": options.max_length}
-    sides = [
-        scored_rows(
-            side, model.tokenizer, rows=options.rows, assistant_only_loss=options.assistant_only_loss, **limits
-        )
-        for side in (members, non_members)
-    ]
+    made = {"max_length": options.max_length, "assistant_only_loss": options.assistant_only_loss}
+    sides = [scored_rows(side, model.tokenizer, **made) for side in (members, non_members)]
     report = audit_memorization(
         model.model,
         *sides,
         reference,
         model.tokenizer,
-        **limits,
+        max_length=options.max_length,
         batch_size=options.batch_size,
         greedy=not options.no_greedy,
     )
@@ -59,4 +55,4 @@ def _audit(options: argparse.Namespace) -> int:
         report.save(options.json)
     if before is not None:
         print(f"\nAgainst {options.before}:\n\n{report.compare(before)}")
-    return 1 if report.exposed or report.recites else 0
+    return 1 if report.exposed or report.recites or report.shifted else 0

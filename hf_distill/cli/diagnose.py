@@ -34,7 +34,7 @@ def add_to(commands: Any) -> None:
 
 def _diagnose(options: argparse.Namespace) -> int:
     from hf_distill import LogitObjective, load_teacher
-    from hf_distill.cli.data import load, scored_rows
+    from hf_distill.cli.data import first_rows, load, scored_rows
     from hf_distill.evaluation import diagnose, logged_shares
 
     recipe: dict[str, Any] = {}
@@ -45,16 +45,11 @@ def _diagnose(options: argparse.Namespace) -> int:
         raise ValueError("`--temperature` and `--ce-weight` are of a run with a divergence: give its `--kd-weight`.")
     if options.trainer_state is not None:
         recipe["gradient_shares"] = logged_shares(options.trainer_state)
-    dataset = load(options.dataset, options.split)
+    dataset = first_rows(load(options.dataset, options.split), options.rows, options.assistant_only_loss)
     student = load_teacher(options.student, dtype=options.dtype)
     teacher = load_teacher(options.teacher, quantization=options.quantization, dtype=options.dtype, task=student.task)
-    dataset = scored_rows(
-        dataset,
-        student.tokenizer,
-        rows=options.rows,
-        max_length=options.max_length,
-        assistant_only_loss=options.assistant_only_loss,
-    )
+    made = {"max_length": options.max_length, "assistant_only_loss": options.assistant_only_loss}
+    dataset = scored_rows(dataset, student.tokenizer, **made)
     limits = {"max_length": options.max_length, "batch_size": options.batch_size}
     found = diagnose(student.model, teacher, dataset, student.tokenizer, **recipe, **limits)
     print(found)

@@ -31,7 +31,8 @@ def arguments(folder, teacher="teacher", dataset="texts.jsonl"):
 
 def test_a_pair_without_findings_ends_in_0_and_the_file_is_what_was_printed(folder, tmp_path, capsys):
     out = tmp_path / "diagnosis.json"
-    assert main([*arguments(folder), "--kd-weight", "0.5", "--ce-weight", "0.5", "--json", str(out)]) == 0
+    recipe = ["--kd-weight", "0.5", "--ce-weight", "0.5"]
+    assert main([*arguments(folder, "student"), *recipe, "--json", str(out)]) == 0
     diagnosis = Diagnosis.load(out)
     assert str(diagnosis) in capsys.readouterr().out
     assert diagnosis.measured.rows == 12

@@ -16,7 +16,14 @@ from hf_distill.evaluation.diagnostics.gradients import measure_shares
 from hf_distill.evaluation.diagnostics.layers import layer_map
 from hf_distill.evaluation.diagnostics.report import Diagnosis, Finding, Mean, Measurements, ModelStatistics, Slice
 from hf_distill.evaluation.diagnostics.tokenizers import compare_templates, compare_vocabularies
-from hf_distill.evaluation.diagnostics.tokens import PAIR, STUDENT, TokenTable, measure_tokens
+from hf_distill.evaluation.diagnostics.tokens import (
+    PAIR,
+    PULL,
+    SOFTENED,
+    STUDENT,
+    TokenTable,
+    measure_tokens,
+)
 from hf_distill.evaluation.rows import CLASSIFICATION, check_dataset
 from hf_distill.evaluation.scoring import TEACHER, Lineup, preserved_state
 from hf_distill.objectives import LogitObjective, check_logit_objectives
@@ -211,4 +218,4 @@ def _judge_models(measured: Measurements, table: TokenTable, lineup: Lineup) -> 
 
 
 def _pull(table: TokenTable) -> dict[str, float]:
-    return {name: table.mean(PAIR, name) for name in ("pull", "softened_pull", "entropy", "softened_entropy")}
+    return {name: table.mean(PAIR, name) for name in (*PULL, *SOFTENED)}

@@ -21,9 +21,10 @@ PAIR = "pair"
 # is the label.
 OWN = ("nll", "entropy", "confidence", "correct")
 # Of both, over the vocabulary that they share: KL(teacher || student), whether they have one first choice, correlation
-# of their logits over the vocabulary; then at T = 1, and at the run's T ("softened"), the norm of the gradient of
-# T^2 * KL in the student's logits and the teacher's entropy.
-SHARED = ("kl", "agreement", "logit_correlation", "pull", "softened_pull", "entropy", "softened_entropy")
+# of their logits over the vocabulary; then at T = 1, and at the run's T, what `_pull` gives.
+PULL = ("pull", "focus", "entropy")
+SOFTENED = tuple(f"softened_{name}" for name in PULL)
+SHARED = ("kl", "agreement", "logit_correlation", *PULL, *SOFTENED)
 
 
 @dataclass(frozen=True)
@@ -93,20 +94,16 @@ class _Comparison:
         """`OWN` of each model and `SHARED`, `[k, n]`."""
         shared = min(model.shape[-1] for model in logits.values())
         student, teacher = (logits[role][..., :shared].float() for role in (STUDENT, TEACHER))
-        log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-        probs = log_p.exp()
+        probs = teacher.softmax(-1)
         added = probs.sum(0, dtype=torch.float64)
         self._total = added if self._total is None else self._total + added
-        temperature = self.temperature
-        soft_q, soft_p = (side.div(temperature).log_softmax(-1) for side in (student, teacher))
+        likely = probs > 1 / shared
         pair = (
             forward_kl(student, teacher),
             (student.argmax(-1) == teacher.argmax(-1)).float(),
             F.cosine_similarity(student - student.mean(-1, True), teacher - teacher.mean(-1, True), dim=-1),
-            (log_q.exp() - probs).norm(dim=-1),
-            temperature * (soft_q.exp() - soft_p.exp()).norm(dim=-1),
-            _entropy(log_p),
-            _entropy(soft_p),
+            *_pull(student, teacher, likely, 1.0),
+            *_pull(student, teacher, likely, self.temperature),
         )
         own = {role: _own(model.float(), gold) for role, model in logits.items()}
         return {**own, PAIR: torch.stack(pair)}
@@ -121,6 +118,26 @@ class _Comparison:
         """Entropy of the mean of the teacher's distributions, in nats."""
         assert self._total is not None
         return float(torch.special.entr(self._total / self._total.sum()).sum())
+
+
+def _pull(student: Tensor, teacher: Tensor, likely: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What the divergence does at a temperature: `PULL`, `[n]` each.
+
+    Args:
+        student: Logits `[n, V]`.
+        teacher: The same.
+        likely: Tokens that the teacher (at T = 1) holds likelier than a guess, `[n, V]`.
+        temperature: T.
+
+    Returns:
+        The norm of the gradient of T^2 * KL in the student's logits, the share of its absolute values that is on
+        likely tokens, and the teacher's entropy in nats.
+    """
+    target = teacher.div(temperature).log_softmax(-1)
+    gradient = temperature * (student.div(temperature).softmax(-1) - target.exp())
+    size = gradient.abs()
+    focus = (size * likely).sum(-1) / size.sum(-1).clamp(min=torch.finfo(size.dtype).tiny)
+    return gradient.norm(dim=-1), focus, _entropy(target)
 
 
 def _own(logits: Tensor, gold: Tensor) -> Tensor:

@@ -72,9 +72,7 @@ def audit_memorization(
         if len(dataset) < LEAST_ROWS:
             raise ValueError(f"`{name}` has {len(dataset)} rows; expected at least {LEAST_ROWS}, better 1,000.")
     if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"`model` is a {type(model).__name__}; expected a model: of a Teacher, `teacher.model`."
-        )
+        raise ValueError(f"`model` is a {type(model).__name__}; expected a model: of a Teacher, `teacher.model`.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; expected at least 1, for example `batch_size=8`.")
     lineup = Lineup({MODEL: model} | ({} if reference is None else {REFERENCE: reference}), tokenizer)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 
-FOLDS = 5
 SMOOTHING = 1.0
 # Of log-lengths: rows of one length have none.
 LEAST_DEVIATION = 0.05
@@ -17,46 +16,48 @@ LEAST_DEVIATION = 0.05
 def blind_scores(
     members: Sequence[Sequence[int]], non_members: Sequence[Sequence[int]], vocab_size: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score rows by a naive Bayes classifier of their tokens and their length, trained on the other folds.
+    """Score half of the rows by naive Bayes on which tokens they hold and how long they are, learned from the others.
 
     Where it beats a guess, the two sets were drawn differently, and an attack that beats a guess as well may have seen
-    that alone (Das et al., Blind Baselines Beat Membership Inference Attacks, arXiv 2406.16201).
+    that alone (Das et al., Blind Baselines Beat Membership Inference Attacks, arXiv 2406.16201). Two halves, and not
+    folds: scores of folds depend on one another, and a bootstrap over them is too sure.
 
     Args:
         members: Token ids of each row.
         non_members: The same.
         vocab_size: Ids are below it.
-        seed: Of the folds.
+        seed: Of the halves.
 
     Returns:
-        `[m]` and `[n]`: the rank of each row in its fold, in (0, 1), which can be compared between folds where the
-        odds of differently trained classifiers cannot.
+        Log-odds of being a member, of about half of the members and half of the non-members.
     """
-    rows = [*members, *non_members]
-    is_member = np.arange(len(rows)) < len(members)
-    present = [np.unique(np.asarray(row, dtype=np.int64)) for row in rows]
-    lengths = np.array([math.log(len(row)) for row in rows])
     generator = np.random.default_rng(seed)
-    fold = np.empty(len(rows), dtype=np.int64)
-    for side in (is_member, ~is_member):
-        fold[generator.permutation(np.flatnonzero(side))] = np.arange(side.sum()) % FOLDS
-    scores = np.empty(len(rows))
-    for held_out in range(FOLDS):
-        inside = np.flatnonzero(fold == held_out)
-        sides = [np.flatnonzero((fold != held_out) & side) for side in (is_member, ~is_member)]
-        tokens = _token_odds(*([present[i] for i in side] for side in sides), vocab_size)
-        odds = np.array([tokens[present[i]].sum() for i in inside])
-        scores[inside] = _ranks(odds + _length_odds(*(lengths[side] for side in sides), lengths[inside]))
-    return scores[is_member], scores[~is_member]
+    learned, held_out = [], []
+    for side in (members, non_members):
+        order = generator.permutation(len(side))
+        rows = [np.asarray(side[i], dtype=np.int64) for i in order]
+        learned.append(rows[: len(rows) // 2])
+        held_out.append(rows[len(rows) // 2 :])
+    tokens = _token_odds(*learned, vocab_size)
+    lengths = [_log_lengths(side) for side in learned]
+    scores = [
+        np.array([tokens[np.unique(row)].sum() for row in side]) + _length_odds(*lengths, _log_lengths(side))
+        for side in held_out
+    ]
+    return scores[0], scores[1]
 
 
 def _token_odds(members: list[np.ndarray], non_members: list[np.ndarray], vocab_size: int) -> np.ndarray:
-    """Log-odds `[V]` of a member for a row that holds a token."""
-    logs = []
+    """What a token `[V]` adds to the log-odds of a member in a row that holds it, over one that does not."""
+    logits = []
     for side in (members, non_members):
-        counts = np.bincount(np.concatenate(side), minlength=vocab_size) + SMOOTHING
-        logs.append(np.log(counts / counts.sum()))
-    return logs[0] - logs[1]
+        holding = np.bincount(np.concatenate([np.unique(row) for row in side]), minlength=vocab_size)
+        logits.append(np.log(holding + SMOOTHING) - np.log(len(side) - holding + SMOOTHING))
+    return logits[0] - logits[1]
+
+
+def _log_lengths(rows: list[np.ndarray]) -> np.ndarray:
+    return np.array([math.log(len(row)) for row in rows])
 
 
 def _length_odds(members: np.ndarray, non_members: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -66,10 +67,3 @@ def _length_odds(members: np.ndarray, non_members: np.ndarray, lengths: np.ndarr
         deviation = max(side.std(), LEAST_DEVIATION)
         logs.append(-0.5 * ((lengths - side.mean()) / deviation) ** 2 - math.log(deviation))
     return logs[0] - logs[1]
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks in (0, 1), ties sharing their mean."""
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    middle = np.cumsum(counts) - (counts - 1) / 2
-    return middle[index] / (len(values) + 1)

@@ -55,8 +55,8 @@ def _split(row: Row) -> tuple[list[int], list[int]]:
     ids, labels = row["input_ids"], row["labels"]
     if isinstance(labels, int):
         raise TypeError("a classifier decodes nothing")
-    start = next(i for i, label in enumerate(labels) if i > 0 and label != IGNORE_INDEX)
-    if start == 1:
+    start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    if start == 0:
         start = min(PROMPT_TOKENS, max(1, len(ids) // 2))
     end = start
     while end < min(len(ids), start + TOKENS) and labels[end] != IGNORE_INDEX:

@@ -125,7 +125,10 @@ class MemorizationReport:
 
     @property
     def exposed(self) -> tuple[str, ...]:
-        """The attacks whose whole interval is above a guess and, where the sets differ, above the blind one's."""
+        """The attacks whose whole interval is above a guess and, where the sets differ, above the blind one's.
+
+        Where they differ that is no proof: a better blind classifier might do as well.
+        """
         bound = max(CHANCE, self.blind.auc_high or 1.0) if self.shifted else CHANCE
         return tuple(attack.name for attack in self.attacks if attack.auc_low is not None and attack.auc_low > bound)
 
@@ -164,16 +167,19 @@ class MemorizationReport:
     def verdict(self) -> str:
         """What was found, in a sentence."""
         said = []
+        if self.shifted:
+            said.append(
+                "Inconclusive: members and non-members differ without the model (a blind classifier has AUC "
+                f"{self.blind.auc:.3f}{_ends(self.blind.auc_low, self.blind.auc_high)}), and what is found of the "
+                "model may be that alone; draw both at random from one source."
+            )
         if self.exposed:
             said.append(f"Members can be told from non-members by {', '.join(self.exposed)}.")
         if self.greedy is not None and self.recites:
             gap = format_share(self.greedy.gap.value)
             said.append(f"Greedy decoding gives {gap} more tokens of members than of non-members.")
-        if not said:
+        if not self.exposed and not self.recites:
             said.append("No attack tells members from non-members beyond what the rows themselves do.")
-        if self.shifted:
-            blind = f"{self.blind.auc:.3f}{_ends(self.blind.auc_low, self.blind.auc_high)}"
-            said.append(f"Members and non-members differ without the model, too: a blind classifier has AUC {blind}.")
         return " ".join(said)
 
     def to_markdown(self) -> str:

@@ -89,9 +89,9 @@ def test_a_teacher_that_is_worse_than_the_student_is_named(teacher, beginner, he
 def test_a_temperature_that_is_too_high_is_named(student, teacher, held_out):
     hot = diagnose(student, teacher, held_out, objectives=[LogitObjective(0.5, temperature=20.0)], ce_weight=0.5)
 
-    assert names(hot)[0] == "temperature_too_high"
+    assert names(hot) == ["temperature_too_high"]
     evidence = hot.findings[0].evidence
-    assert evidence["pull on the logits"] < evidence["pull at T = 1"] / 2
+    assert evidence["on likely tokens"] < evidence["on likely tokens at T = 1"] / 2
     assert evidence["teacher entropy"] > evidence["teacher entropy at T = 1"]
 
 

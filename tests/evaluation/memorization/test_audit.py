@@ -11,7 +11,7 @@ from hf_distill.evaluation import MemorizationReport, audit_memorization
 from tests import language, tiny
 
 
-ROWS = 120
+ROWS = 100
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +30,24 @@ def reference():
 
 
 def overfitted(rows):
-    return language.train(language.model(48, layers=2, seed=4), rows, 120)
+    return language.train(language.model(32, seed=4), rows, 100, lr=2e-2)
 
 
 @pytest.fixture(scope="module")
-def of_members(members, non_members, reference):
+def student(members):
+    return overfitted(members)
+
+
+@pytest.fixture(scope="module")
+def of_members(student, members, non_members, reference):
     sides = language.dataset(members), language.dataset(non_members)
-    return audit_memorization(overfitted(members), *sides, reference=reference)
+    return audit_memorization(student, *sides, reference=reference, batch_size=50)
 
 
 @pytest.fixture(scope="module")
 def of_others(members, non_members, reference):
     sides = language.dataset(members), language.dataset(non_members)
-    return audit_memorization(overfitted(language.sentences(ROWS, seed=7)), *sides, reference=reference)
+    return audit_memorization(overfitted(language.sentences(ROWS, seed=7)), *sides, reference=reference, batch_size=50)
 
 
 def test_every_attack_separates_the_rows_that_a_student_was_overfitted_on(of_members):
@@ -72,11 +77,14 @@ def test_most_rows_that_stand_out_are_flagged(of_members, of_others):
     assert of_members.flagged_tokens == pytest.approx(len(of_members.flagged) / ROWS)
 
 
-def test_flagged_rows_are_numbered_as_in_the_dataset(members, non_members, of_members, reference):
+def test_flagged_rows_are_numbered_as_in_the_dataset(student, members, non_members, of_members, reference):
     rows = [[3], *members.tolist()]
-    student = overfitted(members)
     report = audit_memorization(
-        student, Dataset.from_dict({"input_ids": rows}), language.dataset(non_members), reference=reference
+        student,
+        Dataset.from_dict({"input_ids": rows}),
+        language.dataset(non_members),
+        reference=reference,
+        batch_size=50,
     )
 
     assert report.flagged == tuple(i + 1 for i in of_members.flagged)
@@ -89,9 +97,8 @@ def test_a_shift_between_the_sides_is_seen_without_the_model(members, reference)
 
     assert report.shifted
     assert report.blind.auc > 0.8
-    assert report.attacks[0].auc > 0.8  # which says nothing of training
-    assert report.exposed == ()
-    assert "differ without the model" in report.verdict()
+    assert report.attacks[0].auc > 0.8  # the model has seen neither side
+    assert report.verdict().startswith("Inconclusive: members and non-members differ without the model")
 
 
 def test_a_mitigation_is_compared_with_its_cost(of_members, of_others):
@@ -122,8 +129,8 @@ def test_a_report_survives_json(of_members, tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["audit.json"]
 
 
-def test_utility_is_the_likelihood_of_the_non_members(of_members, members, non_members):
-    student, ids = overfitted(members), torch.from_numpy(non_members)
+def test_utility_is_the_likelihood_of_the_non_members(of_members, student, non_members):
+    ids = torch.from_numpy(non_members)
     with torch.no_grad():
         logits = student(ids).logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item()

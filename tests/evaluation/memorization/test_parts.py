@@ -13,7 +13,7 @@ from hf_distill.evaluation.memorization.blind import blind_scores
 from hf_distill.evaluation.memorization.greedy import greedy_matches
 from hf_distill.evaluation.memorization.separation import separate, threshold
 from hf_distill.evaluation.rows import tokenize
-from tests import tiny
+from tests import language, tiny
 
 
 def test_scores_are_their_formulas_on_full_logits():
@@ -73,6 +73,23 @@ def test_the_true_positive_rate_is_that_above_the_threshold():
     assert separate("a", members, non_members[:99]).tpr is None
 
 
+def test_attacks_on_rows_that_no_model_has_seen_are_a_guess(monkeypatch):
+    monkeypatch.setattr("hf_distill.evaluation.memorization.separation.RESAMPLES", 200)
+    student = language.train(language.model(32, seed=4), language.sentences(60, seed=7), 60, lr=2e-2)
+    rows = tokenize(language.dataset(language.sentences(800, seed=8)), "causal_lm")
+    with torch.no_grad():
+        scores = score_rows({MODEL: student}, "causal_lm", rows, 100, None)
+
+    covered = []
+    for seed in range(30):
+        order = np.random.default_rng(seed).permutation(len(rows))
+        for name, values in scores.items():
+            attack = separate(name, values[order[:100]], values[order[100:200]], seed)
+            covered.append(attack.auc_low <= 0.5 <= attack.auc_high)
+
+    assert 0.88 <= np.mean(covered) < 1
+
+
 def test_the_interval_of_the_auc_covers_the_truth_as_often_as_it_says(monkeypatch):
     monkeypatch.setattr("hf_distill.evaluation.memorization.separation.RESAMPLES", 200)
     generator = np.random.default_rng(0)
@@ -83,15 +100,16 @@ def test_the_interval_of_the_auc_covers_the_truth_as_often_as_it_says(monkeypatc
     assert 0.88 <= covered <= 0.99
 
 
-def test_the_blind_baseline_is_a_guess_where_both_sides_are_drawn_alike():
-    aucs = []
-    for seed in range(20):
+def test_the_blind_baseline_is_a_guess_where_both_sides_are_drawn_alike(monkeypatch):
+    monkeypatch.setattr("hf_distill.evaluation.memorization.separation.RESAMPLES", 200)
+    found = []
+    for seed in range(60):
         generator = np.random.default_rng(seed)
         sides = [[generator.zipf(1.5, 20).clip(max=99).tolist() for _ in range(60)] for _ in range(2)]
-        members, non_members = blind_scores(*sides, 100, seed)
-        aucs.append(np.mean(members[:, None] > non_members) + np.mean(members[:, None] == non_members) / 2)
+        found.append(separate("blind", *blind_scores(*sides, 100, seed), seed))
 
-    assert np.mean(aucs) == pytest.approx(0.5, abs=0.04)
+    assert np.mean([attack.auc for attack in found]) == pytest.approx(0.5, abs=0.03)
+    assert np.mean([attack.auc_low <= 0.5 <= attack.auc_high for attack in found]) >= 0.88
 
 
 @pytest.mark.parametrize("shift", ["tokens", "length"])
