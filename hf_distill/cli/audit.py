@@ -40,10 +40,11 @@ def _audit(options: argparse.Namespace) -> int:
     model = load_teacher(options.model, dtype=options.dtype)
     reference = None if options.reference is None else load_teacher(options.reference, dtype=options.dtype).model
     made = {"max_length": options.max_length, "assistant_only_loss": options.assistant_only_loss}
-    sides = [scored_rows(side, model.tokenizer, **made) for side in (members, non_members)]
+    members, non_members = (scored_rows(side, model.tokenizer, **made) for side in (members, non_members))
     report = audit_memorization(
         model.model,
-        *sides,
+        members,
+        non_members,
         reference,
         model.tokenizer,
         max_length=options.max_length,

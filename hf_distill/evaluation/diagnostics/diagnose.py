@@ -153,7 +153,7 @@ def _measurements(
         agreement=_mean(table, pair["agreement"]),
         nll_difference=_mean(table, labels[1] - labels[0]),
         information_kept=1 - table.mean(PAIR, "kl") / context if informed else None,
-        label_correlation=float(np.corrcoef(*labels)[0, 1]) if varied else None,
+        label_correlation=float(np.corrcoef(labels[0], labels[1])[0, 1]) if varied else None,
         logit_correlation=table.mean(PAIR, "logit_correlation"),
         by_position=tuple(_by_position(table)),
         by_teacher_entropy=tuple(_by_teacher_entropy(table)),

@@ -86,7 +86,8 @@ def audit_memorization(
         scores = score_rows(lineup.models, lineup.task, rows, batch_size, texts)
         matches = greedy_matches(model, rows, batch_size) if greedy else None
     split = len(sides[0])
-    blind = blind_scores(*([row["input_ids"] for row in side] for side in sides), _columns(rows))
+    ids = [[row["input_ids"] for row in side] for side in sides]
+    blind = blind_scores(ids[0], ids[1], _columns(rows))
     stand_out = _stand_out(scores, matches, split)
     tokens = np.array([count_targets(row, lineup.task) for row in rows], dtype=np.float64)
     flagged_tokens = float(tokens[stand_out].sum() / tokens[:split].sum())
@@ -95,7 +96,7 @@ def audit_memorization(
         non_members=len(rows) - split,
         items=_digest(sides),
         attacks=tuple(separate(name, values[:split], values[split:]) for name, values in scores.items()),
-        blind=separate("blind", *blind),
+        blind=separate("blind", blind[0], blind[1]),
         greedy=None if matches is None else _greedy(matches, split),
         held_out_nll=_estimate(-(scores["loss"] * tokens)[split:], tokens[split:]),
         flagged=tuple(_indices(lineup, members, max_length)[i] for i in stand_out),
@@ -165,7 +166,7 @@ def _greedy(matches: np.ndarray, split: int) -> GreedyMatch | None:
     means = [Estimate(float(side.mean()), *interval(drawn)) for side, drawn in zip(sides, replicates, strict=True)]
     gap = Estimate(means[0].value - means[1].value, *interval(replicates[0] - replicates[1]))
     verbatim = [float((side == 1).mean()) for side in sides]
-    return GreedyMatch(TOKENS, *means, gap, *verbatim)
+    return GreedyMatch(TOKENS, means[0], means[1], gap, verbatim[0], verbatim[1])
 
 
 def _notes(non_members: int, tokenizer: Any, reference: Any) -> Iterable[str]:

@@ -38,10 +38,11 @@ def blind_scores(
         rows = [np.asarray(side[i], dtype=np.int64) for i in order]
         learned.append(rows[: len(rows) // 2])
         held_out.append(rows[len(rows) // 2 :])
-    tokens = _token_odds(*learned, vocab_size)
+    tokens = _token_odds(learned[0], learned[1], vocab_size)
     lengths = [_log_lengths(side) for side in learned]
     scores = [
-        np.array([tokens[np.unique(row)].sum() for row in side]) + _length_odds(*lengths, _log_lengths(side))
+        np.array([tokens[np.unique(row)].sum() for row in side])
+        + _length_odds(lengths[0], lengths[1], _log_lengths(side))
         for side in held_out
     ]
     return scores[0], scores[1]

@@ -16,12 +16,12 @@ ROWS = 100
 
 @pytest.fixture(scope="module")
 def members():
-    return language.sentences(ROWS, seed=5)
+    return language.sentences(ROWS, seed=15)
 
 
 @pytest.fixture(scope="module")
 def non_members():
-    return language.sentences(ROWS, seed=6)
+    return language.sentences(ROWS, seed=16)
 
 
 @pytest.fixture(scope="module")
