@@ -198,11 +198,8 @@ def _tables(measured: Measurements) -> list[str]:
         shares = [(name, format_share(share)) for name, share in measured.gradient_shares.items()]
         parts.append(markdown_table(["term", "share of gradient"], shares))
     if measured.cka is not None:
-        columns = ["student \\ teacher", *map(str, range(len(measured.cka[0])))]
-        rows = [
-            (str(i), *("" if value is None else f"{value:.2f}" for value in row)) for i, row in enumerate(measured.cka)
-        ]
-        parts.append(f"CKA of layers\n\n{markdown_table(columns, rows)}")
+        layers = [_most_alike(i, row) for i, row in enumerate(measured.cka)]
+        parts.append(markdown_table(["layer of the student", "most alike of the teacher", "CKA"], layers))
     return parts
 
 
@@ -226,3 +223,10 @@ def _pair(measured: Measurements) -> list[tuple[object, ...]]:
 
 def _slice(part: Slice) -> tuple[object, ...]:
     return part.label, part.tokens, part.kl, format_share(part.agreement), part.student_nll, part.teacher_nll
+
+
+def _most_alike(layer: int, row: tuple[float | None, ...]) -> tuple[object, ...]:
+    """A line of the whole map, which is in the file."""
+    known = {j: value for j, value in enumerate(row) if value is not None}
+    best = max(known, key=known.__getitem__, default=None)
+    return layer, best, None if best is None else known[best]

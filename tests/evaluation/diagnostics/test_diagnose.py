@@ -57,6 +57,7 @@ def test_a_healthy_pair_gets_no_finding(healthy):
     assert healthy.findings == ()
     assert healthy.healthy
     assert "No failure mode was found." in str(healthy)
+    assert "| layer of the student | most alike of the teacher | CKA |" in str(healthy)
 
 
 def test_a_teacher_is_its_own_healthy_student(teacher, held_out):

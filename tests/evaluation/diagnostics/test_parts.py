@@ -46,6 +46,18 @@ def test_cka_is_1_under_rotation_and_scale_and_0_for_unrelated_layers():
     assert 1 - cka(features, unrelated) > 0.7  # the plain estimate has too few tokens
 
 
+def test_the_dependence_of_unrelated_layers_is_estimated_without_bias():
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(10)
+    products = []
+    for _ in range(300):
+        a, b = (torch.randn(10, 40, generator=generator).exp() for _ in range(2))
+        a, b = (_centred({0: features[None]}, index)[0] for features in (a, b))
+        products.append(float(a @ b / (a.norm() * b.norm())))
+
+    assert abs(np.mean(products)) < 3 * np.std(products) / len(products) ** 0.5
+
+
 def test_cka_of_many_tokens_is_that_of_the_plain_estimate():
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(1500, 6, generator=generator)
