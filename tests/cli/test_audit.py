@@ -7,6 +7,11 @@ from hf_distill.evaluation import MemorizationReport
 from tests import language, tiny
 
 
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch):
+    monkeypatch.setattr("hf_distill.evaluation.memorization.separation.RESAMPLES", 400)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("audit")

@@ -14,6 +14,13 @@ from tests import language, tiny
 ROWS = 100
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_resamples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_distill.evaluation.memorization.separation.RESAMPLES", 400)
+        yield
+
+
 @pytest.fixture(scope="module")
 def members():
     return language.sentences(ROWS, seed=15)
