@@ -67,14 +67,7 @@ def audit_memorization(
         print(report)
         ```
     """
-    for name, dataset in (("members", members), ("non_members", non_members)):
-        check_dataset(dataset)
-        if len(dataset) < LEAST_ROWS:
-            raise ValueError(f"`{name}` has {len(dataset)} rows; expected at least {LEAST_ROWS}, better 1,000.")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"`model` is a {type(model).__name__}; expected a model: of a Teacher, `teacher.model`.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}; expected at least 1, for example `batch_size=8`.")
+    _check(model, members, non_members, batch_size)
     lineup = Lineup({MODEL: model} | ({} if reference is None else {REFERENCE: reference}), tokenizer)
     if lineup.task != "causal_lm":
         raise ValueError(f"`model` is a {lineup.task} model; the attacks are on causal language models.")
@@ -104,6 +97,18 @@ def audit_memorization(
         mitigations=mitigations(len(stand_out), split, flagged_tokens),
         notes=tuple(_notes(len(rows) - split, tokenizer, reference)),
     )
+
+
+def _check(model: Any, members: Dataset, non_members: Dataset, batch_size: int) -> None:
+    """Check what can be checked before the models are looked into."""
+    for name, dataset in (("members", members), ("non_members", non_members)):
+        check_dataset(dataset)
+        if len(dataset) < LEAST_ROWS:
+            raise ValueError(f"`{name}` has {len(dataset)} rows; expected at least {LEAST_ROWS}, better 1,000.")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` is a {type(model).__name__}; expected a model: of a Teacher, `teacher.model`.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}; expected at least 1, for example `batch_size=8`.")
 
 
 def _check_apart(members: Sequence[Row], non_members: Sequence[Row]) -> None:
