@@ -1,4 +1,4 @@
-"""How much of its teacher a student keeps, measured on the same items with intervals."""
+"""How much of its teacher a student keeps, why it does not keep more, and what it gives away of its data."""
 
 from hf_distill.evaluation.benchmarks import (
     Benchmark,
@@ -8,9 +8,11 @@ from hf_distill.evaluation.benchmarks import (
     Top1Agreement,
 )
 from hf_distill.evaluation.classification import ClassificationAccuracy, ClassificationF1
+from hf_distill.evaluation.diagnostics import Diagnosis, diagnose, logged_shares
 from hf_distill.evaluation.footprint import Footprint
 from hf_distill.evaluation.generation import ExactMatch, GenerationBenchmark, Rouge
 from hf_distill.evaluation.harness import LMEvalTask
+from hf_distill.evaluation.memorization import MemorizationReport, audit_memorization
 from hf_distill.evaluation.metrics import load_metric
 from hf_distill.evaluation.report import RetentionReport, RetentionRow
 from hf_distill.evaluation.retention import evaluate_retention
@@ -21,18 +23,23 @@ __all__ = [
     "Benchmark",
     "ClassificationAccuracy",
     "ClassificationF1",
+    "Diagnosis",
     "ExactMatch",
     "ExpectedCalibrationError",
     "Footprint",
     "GenerationBenchmark",
     "KLDivergence",
     "LMEvalTask",
+    "MemorizationReport",
     "Perplexity",
     "RetentionReport",
     "RetentionRow",
     "Rouge",
     "Top1Agreement",
+    "audit_memorization",
+    "diagnose",
     "evaluate_retention",
     "load_metric",
+    "logged_shares",
     "tokens_per_second",
 ]

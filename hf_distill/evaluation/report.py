@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_distill.evaluation.bootstrap import retention
 from hf_distill.evaluation.footprint import LENGTH, ROWS, Footprint
+from hf_distill.evaluation.json_file import read_json, write_json
 from hf_distill.evaluation.tables import (
     format_interval,
     format_share,
@@ -131,16 +130,12 @@ class RetentionReport:
 
     def save(self, path: str | Path) -> None:
         """Write JSON; an interrupted write leaves an older file whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_json(self.to_dict(), path)
 
     @classmethod
     def load(cls, path: str | Path) -> RetentionReport:
         """Read what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return cls.from_dict(read_json(path, "a retention report"))
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Draw the retention on every benchmark and, where sizes are known, retention against size.

@@ -35,6 +35,9 @@ CONFIDENCE_BINS = 15
 TILE_BYTES = 2**25
 BLOCK_BYTES = 2**22
 
+# Logits `[n, V]` by role and labels `[n]` of a block of positions, all on one device, to `[k, n]` by any name.
+Compare = Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class RowSums:
@@ -57,8 +60,7 @@ class Lineup:
     """The models that are compared, with what was already computed about them.
 
     Args:
-        models: By role; the role "teacher" is one of them. A model is a `PreTrainedModel`, a PEFT model, or anything
-            with `signals` (a Teacher).
+        models: By role. A model is a `PreTrainedModel`, a PEFT model, or anything with `signals` (a Teacher).
         tokenizer: For datasets of text.
 
     Raises:
@@ -73,7 +75,7 @@ class Lineup:
             raise ValueError(
                 f"The models have different tasks: {tasks}; expected models of one task, to compare them."
             )
-        self.task = tasks[TEACHER]
+        self.task = next(iter(tasks.values()))
         self._known: dict[Hashable, Any] = {}
 
     def classes(self) -> int:
@@ -83,9 +85,9 @@ class Lineup:
             ValueError: The models differ in it, or have only one (regression).
         """
         counts = {role: _classes(model) for role, model in self.models.items()}
-        if len(set(counts.values())) > 1 or counts[TEACHER] < 2:
+        if len(set(counts.values())) > 1 or min(counts.values()) < 2:
             raise ValueError(f"The classifiers have {counts} classes; expected the same number, at least 2.")
-        return counts[TEACHER]
+        return min(counts.values())
 
     def rows(self, dataset: Dataset, max_length: int | None) -> list[Row]:
         """The rows with something to score.
@@ -214,11 +216,33 @@ def _check_ids(rows: list[Row], role: str, width: int) -> None:
 
 
 def _score(models: Mapping[str, Any], task: str, rows: list[Row], batch_size: int) -> dict[str, RowSums]:
-    """Run every model once over the rows, longest first so that batches hold little padding."""
+    """The sums of every model over the positions of each row."""
+    found = {role: _Accumulator(len(rows)) for role in models}
+    for row, tile in score_tiles(models, task, rows, batch_size, _against_teacher):
+        for role, values in tile.items():
+            found[role].add(row, values)
+    return {role: accumulator.result() for role, accumulator in found.items()}
+
+
+def score_tiles(
+    models: Mapping[str, Any], task: str, rows: list[Row], batch_size: int, compare: Compare
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Run every model once over the rows, longest first so that batches hold little padding.
+
+    Args:
+        models: By role.
+        task: Of all of them.
+        rows: What is scored.
+        batch_size: Rows of a forward pass.
+        compare: Gets the logits of few positions at a time, so that those of a batch never exist together.
+
+    Yields:
+        The rows that some scored positions are of, `[n]` int64, and what `compare` made of them, `[k, n]` float64 on
+        the CPU. The positions of a row come in their order.
+    """
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     widest = max(_width(model) or 1 for model in models.values())
     tile_rows = max(1, TILE_BYTES // (4 * widest))
-    found = {role: _Accumulator(len(rows)) for role in models}
     for start in tqdm(range(0, len(rows), batch_size), desc="Scoring", disable=None, leave=False):
         index = torch.tensor(order[start : start + batch_size])
         batch = collate([rows[i] for i in index.tolist()])
@@ -226,9 +250,7 @@ def _score(models: Mapping[str, Any], task: str, rows: list[Row], batch_size: in
         row = index[targets.index // (batch["labels"].numel() // len(index))]
         projections = {role: project(model, task, batch).at(targets.index) for role, model in models.items()}
         for tile in torch.arange(len(targets)).split(tile_rows):
-            for role, values in _statistics(projections, targets.labels, tile).items():
-                found[role].add(row[tile], values)
-    return {role: accumulator.result() for role, accumulator in found.items()}
+            yield row[tile], _compare_tile(projections, targets.labels, tile, compare)
 
 
 class _Accumulator:
@@ -292,18 +314,25 @@ def _inputs_for(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str
     return inputs
 
 
-def _statistics(projections: Mapping[str, Projection], labels: Tensor, tile: Tensor) -> dict[str, Tensor]:
-    """What `_compare` gives for every model on some of the scored positions, `[6, n]` float64 on the CPU."""
+def _compare_tile(
+    projections: Mapping[str, Projection], labels: Tensor, tile: Tensor, compare: Compare
+) -> dict[str, Tensor]:
+    """What `compare` makes of some of the scored positions, `[k, n]` float64 on the CPU by name."""
     parts = {role: projection.at(tile) for role, projection in projections.items()}
     logits = {role: part.head(part.hidden) for role, part in parts.items()}
-    teacher = logits[TEACHER]
-    gold = labels[tile].to(teacher.device)
+    # They meet where the teacher is, if there is one.
+    home = logits[TEACHER if TEACHER in logits else next(iter(logits))].device
     rows = max(1, BLOCK_BYTES // (4 * max(model.shape[-1] for model in logits.values())))
-    result = {}
-    for role, model in logits.items():
-        sides = model.to(teacher.device).split(rows), teacher.split(rows), gold.split(rows)
-        result[role] = torch.cat([_compare(*block) for block in zip(*sides, strict=True)], 1).cpu().double()
-    return result
+    split = {role: model.to(home).split(rows) for role, model in logits.items()}
+    blocks = [
+        compare({role: sides[i] for role, sides in split.items()}, gold)
+        for i, gold in enumerate(labels[tile].to(home).split(rows))
+    ]
+    return {name: torch.cat([block[name] for block in blocks], 1).cpu().double() for name in blocks[0]}
+
+
+def _against_teacher(logits: Mapping[str, Tensor], gold: Tensor) -> dict[str, Tensor]:
+    return {role: _compare(model, logits[TEACHER], gold) for role, model in logits.items()}
 
 
 def _compare(student: Tensor, teacher: Tensor, gold: Tensor) -> Tensor:

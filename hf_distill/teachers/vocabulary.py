@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 import warnings
 
 from transformers import PreTrainedTokenizerBase
+
+from hf_distill.vocabularies import disagreement
 
 
 def check_vocabularies(
@@ -56,19 +57,11 @@ def check_vocabularies(
 
 def _refuse_disagreement(student_ids: dict[str, int], teacher_ids: dict[str, int]) -> None:
     """Raise where an id that both tokenizers can produce is another token, or a token another id."""
-    taken = set(teacher_ids.values())
-    # Set operations on the items keep the loop short: between tokenizers of one family they leave a few added tokens.
-    differing = student_ids.items() - teacher_ids.items()
-    disagreeing = [(i, token) for token, i in differing if i in taken or token in teacher_ids]
-    if not disagreeing:
+    count, examples = disagreement(student_ids, teacher_ids)
+    if not count:
         return
-    teacher_tokens = {i: token for token, i in teacher_ids.items()}
-    examples = "; ".join(
-        f"id {i} is {token!r} to the student and {teacher_tokens.get(i)!r} to the teacher"
-        for i, token in heapq.nsmallest(3, disagreeing)
-    )
     raise ValueError(
-        f"Student and teacher have different tokenizers: they disagree on {len(disagreeing)} of {len(student_ids)} "
+        f"Student and teacher have different tokenizers: they disagree on {count} of {len(student_ids)} "
         f"tokens ({examples}). Logits can only be compared column by column if they share a vocabulary: use a teacher "
         "of the student's family, or build the student from the teacher's tokenizer with "
         "`AutoTokenizer.from_pretrained(teacher_name)`."
