@@ -161,7 +161,7 @@ def test_the_card_shows_the_plots_that_stand_beside_it(tmp_path):
 
 
 def test_without_matplotlib_a_card_has_no_plots(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_distill.training.card.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_distill.cards.render.importlib.util.find_spec", lambda name: None)
     trainer = make_trainer("kd", tmp_path, max_steps=1)
     trainer.evaluate_retention(benchmarks())
     trainer.create_model_card()
