@@ -171,6 +171,12 @@ def learned_prompt(model: nn.Module) -> str | None:
     return kinds[0] if kinds else None
 
 
+def virtual_tokens(model: nn.Module) -> str | None:
+    """The kind of the adapter that puts virtual tokens before the text, if one does: a prefix only adds keys."""
+    kind = learned_prompt(model)
+    return None if kind == "PREFIX_TUNING" else kind
+
+
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """Reach the Hugging Face model inside DDP, DeepSpeed, FSDP2, `torch.compile` and PEFT.
 

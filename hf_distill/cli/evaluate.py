@@ -49,6 +49,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     if options.dataset is None and not options.tasks:
         raise ValueError("Nothing is measured: give a `--dataset`, or `--tasks` of lm-eval.")
+    tasks = [LMEvalTask(task) for task in options.tasks]
     dataset = options.dataset and load(options.dataset, options.split)
     teacher = load_teacher(options.teacher, quantization=options.quantization, dtype=options.dtype)
     known: tuple[Any, ...] = (Perplexity, KLDivergence, Top1Agreement, ExpectedCalibrationError)
@@ -56,7 +57,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     kinds = {kind.metric: kind for kind in known}
     names = () if dataset is None else options.metrics or DEFAULTS[teacher.task]
     benchmarks: list[Benchmark] = [kinds[name](dataset, max_length=options.max_length) for name in names]
-    benchmarks += [LMEvalTask(task) for task in options.tasks]
+    benchmarks += tasks
     student, baseline = (
         None if name is None else load_teacher(name, dtype=options.dtype, task=teacher.task).model
         for name in (options.student, options.baseline)

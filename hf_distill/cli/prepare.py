@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+from hf_distill.cli.data import CHATS
+
 
 def prepare(dataset: Any, tokenizer: Any, *, max_length: int | None, assistant_only_loss: bool) -> Any:
     """The rows that TRL's `SFTTrainer` makes of a dataset of texts, of prompts and completions, or of chats.
@@ -23,7 +25,7 @@ def prepare(dataset: Any, tokenizer: Any, *, max_length: int | None, assistant_o
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    if not {"text", "messages", "conversations", "prompt"} & set(dataset.column_names):
+    if not {"text", *CHATS} & set(dataset.column_names):
         raise ValueError(
             f"`--dataset` has the columns {dataset.column_names}; expected `input_ids`, or one of TRL's formats: "
             "`text`, `messages`, or `prompt` and `completion`."

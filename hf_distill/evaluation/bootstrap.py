@@ -15,6 +15,15 @@ BLOCK = 2**22
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % bootstrap interval over rows, which is None where there is none, as for a single row."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
 class ItemScores:
     """What one model got on each item (a document, a row): the mean is the sum of numerators over that of weights.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import os
 from collections.abc import Mapping
@@ -189,12 +190,8 @@ def _load(task: str, include_path: str | None) -> dict[str, Any]:
         ImportError: lm-eval is not installed.
         ValueError: There is no such task.
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "LMEvalTask needs lm-eval, which is not installed: pip install 'hf_distill[lm-eval]'."
-        ) from error
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ImportError("LMEvalTask needs lm-eval, which is not installed: pip install 'hf_distill[lm-eval]'.")
     if _is_file(task) and not os.path.isfile(task):
         raise ValueError(f"`task` is {task!r}, and there is no such file; expected the name or the file of a task.")
     manager = _manager(include_path, not _is_file(task))

@@ -253,6 +253,11 @@ def score_tiles(
             yield row[tile], _compare_tile(projections, targets.labels, tile, compare)
 
 
+def confidence_bin(confidence: Tensor) -> Tensor:
+    """The bin of each confidence `[n]`: open on the left, 1/15 belongs to the first; nan to the first too."""
+    return ((confidence.nan_to_num() * CONFIDENCE_BINS).ceil().long() - 1).clamp(0, CONFIDENCE_BINS - 1)
+
+
 class _Accumulator:
     """The sums of one model over n rows."""
 
@@ -267,9 +272,7 @@ class _Accumulator:
         *_, correct, confidence, answer = values
         self.count.index_add_(0, row, torch.ones_like(confidence))
         self.sums.index_add_(1, row, values[: len(STATISTICS)])
-        # Bins are open on the left: 1/15 belongs to the first. A model without a number has none in any bin.
-        position = (confidence.nan_to_num() * CONFIDENCE_BINS).ceil().long() - 1
-        position = position.clamp(0, CONFIDENCE_BINS - 1) + row * CONFIDENCE_BINS
+        position = confidence_bin(confidence) + row * CONFIDENCE_BINS
         self.gaps.view(-1).index_add_(0, position, correct - confidence)
         self.answers[row] = answer.long()
 

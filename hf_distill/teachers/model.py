@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.anatomy import ModuleHead, learned_prompt, resolve_head, shape_of, task_of, unwrap, vocabulary_size
+from hf_distill.anatomy import ModuleHead, resolve_head, shape_of, task_of, unwrap, virtual_tokens, vocabulary_size
 from hf_distill.functional import LMHead
 from hf_distill.signals import Layers, ModelShape, Projection, Signal, TeacherSignals, identity
 from hf_distill.taps import LayersTap, tap_last_hidden, tap_layers
@@ -51,8 +51,8 @@ class ModelTeacher(Teacher):
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None
     ) -> None:
-        kind = learned_prompt(model)
-        if kind not in (None, "PREFIX_TUNING"):  # a prefix adds no positions
+        kind = virtual_tokens(model)
+        if kind is not None:
             raise ValueError(
                 f"The teacher has a {kind} adapter, whose virtual tokens have no counterpart in the student; use a "
                 "LoRA adapter or a full model as teacher."

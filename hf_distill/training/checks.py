@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_distill.anatomy import learned_prompt
+from hf_distill.anatomy import virtual_tokens
 from hf_distill.teachers import CachedTeacher, Teacher
 
 
@@ -99,8 +99,8 @@ def check_positions(model: nn.Module) -> None:
     Raises:
         ValueError: Its adapter puts virtual tokens before the text.
     """
-    kind = learned_prompt(model)
-    if kind not in (None, "PREFIX_TUNING"):  # a prefix adds keys to every layer, and no position
+    kind = virtual_tokens(model)
+    if kind is not None:
         raise ValueError(
             f"The student has a {kind} adapter, whose virtual tokens have no counterpart in the teacher; use "
             "`LoraConfig`, or `PrefixTuningConfig`, which adds none to the text."

@@ -9,12 +9,12 @@ import numpy as np
 from torch import nn
 
 from hf_distill.anatomy import unwrap
-from hf_distill.evaluation.bootstrap import ItemScores, interval, resampled_means
+from hf_distill.evaluation.bootstrap import Estimate, ItemScores, interval, resampled_means
 from hf_distill.evaluation.diagnostics.calibration import expected_calibration_error
 from hf_distill.evaluation.diagnostics.findings import judge_models, judge_recipe
 from hf_distill.evaluation.diagnostics.gradients import measure_shares
 from hf_distill.evaluation.diagnostics.layers import layer_map
-from hf_distill.evaluation.diagnostics.report import Diagnosis, Finding, Mean, Measurements, ModelStatistics, Slice
+from hf_distill.evaluation.diagnostics.report import Diagnosis, Finding, Measurements, ModelStatistics, Slice
 from hf_distill.evaluation.diagnostics.tokenizers import compare_templates, compare_vocabularies
 from hf_distill.evaluation.diagnostics.tokens import (
     PAIR,
@@ -176,13 +176,13 @@ def _statistics(table: TokenTable, role: str, model: Any) -> ModelStatistics:
     )
 
 
-def _mean(table: TokenTable, values: np.ndarray) -> Mean:
+def _mean(table: TokenTable, values: np.ndarray) -> Estimate:
     """The mean over tokens, and its bootstrap interval over rows: tokens of one row are not independent."""
     _, row = np.unique(table.row, return_inverse=True)
     count = np.bincount(row).astype(np.float64)
     scores = ItemScores(np.bincount(row, weights=values), count)
     low, high = interval(resampled_means([scores])[0]) if len(count) > 1 else (None, None)
-    return Mean(float(values.mean()), low, high)
+    return Estimate(float(values.mean()), low, high)
 
 
 def _by_position(table: TokenTable) -> Iterator[Slice]:

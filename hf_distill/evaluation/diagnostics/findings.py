@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from hf_distill.evaluation.diagnostics.report import Finding, Mean, Measurements
+from hf_distill.evaluation.bootstrap import Estimate
+from hf_distill.evaluation.diagnostics.report import Finding, Measurements
 
 
 # Above this ratio of parameters the planner warns, too; the capacity gap law (arXiv 2311.07052) puts the best teacher
@@ -28,7 +29,7 @@ LEAST_LEFT = 0.5
 LEAST_SHARE = 0.05
 
 
-def judge_models(measured: Measurements, teacher_nll: Mean, vocab_size: int) -> Iterator[Finding]:
+def judge_models(measured: Measurements, teacher_nll: Estimate, vocab_size: int) -> Iterator[Finding]:
     """What the two models alone show.
 
     Args:

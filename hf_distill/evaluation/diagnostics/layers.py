@@ -44,27 +44,27 @@ def layer_map(
         to rotation and scale; None where a layer has no variance, and no map where the teacher cannot be looked into
         or there are too few tokens.
     """
-    depths = _depth(student), _depth(teacher)
-    if None in depths:
+    depth_s, depth_t = _depth(student), _depth(teacher)
+    if depth_s is None or depth_t is None:
         return None
-    cross, own_s, own_t = 0.0, 0.0, 0.0
+    own_s, own_t = (torch.zeros(depth + 1, dtype=torch.float64) for depth in (depth_s, depth_t))
+    cross = torch.zeros(depth_s + 1, depth_t + 1, dtype=torch.float64)
     read = 0
     for batch, index in _batches(task, rows, batch_size):
-        ours, theirs = (
-            _centred(_states(model, task, batch, depth), index)
-            for model, depth in zip((student, teacher), depths, strict=True)
-        )
-        cross = cross + ours @ theirs.t()
-        own_s, own_t = own_s + ours.square().sum(1), own_t + theirs.square().sum(1)
+        ours = _centred(_states(student, task, batch, depth_s), index)
+        theirs = _centred(_states(teacher, task, batch, depth_t), index)
+        cross += ours @ theirs.t()
+        own_s += ours.square().sum(1)
+        own_t += theirs.square().sum(1)
         read += len(index)
         if read >= TOKENS:
             break
     if not read:
         return None
-    norms = (own_s[:, None] * own_t[None, :]).sqrt()  # type: ignore[index]
+    norms = (own_s[:, None] * own_t[None, :]).sqrt()
     return tuple(
         tuple(value if norm > 0 else None for value, norm in zip(values, row, strict=True))
-        for values, row in zip((cross / norms).tolist(), norms.tolist(), strict=True)  # type: ignore[operator]
+        for values, row in zip((cross / norms).tolist(), norms.tolist(), strict=True)
     )
 
 
@@ -90,9 +90,9 @@ def _batches(task: str, rows: list[Row], batch_size: int) -> Iterator[tuple[dict
             yield batch, index
 
 
-def _states(model: Any, task: str, batch: Mapping[str, Tensor], depth: int | None) -> Mapping[int, Tensor]:
+def _states(model: Any, task: str, batch: Mapping[str, Tensor], depth: int) -> Mapping[int, Tensor]:
     """Hidden states by layer, `[B, S, H]`."""
-    layers = frozenset(range((depth or 0) + 1))
+    layers = frozenset(range(depth + 1))
     if not isinstance(model, nn.Module):
         return model.signals(batch, {Signal.HIDDEN_STATES}, Layers(hidden=layers)).hidden
     with tap_hidden_states(model, layers) as tap:

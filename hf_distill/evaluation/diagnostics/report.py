@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_distill.evaluation.bootstrap import Estimate
 from hf_distill.evaluation.json_file import read_json, write_json
 from hf_distill.evaluation.tables import format_cell, format_share, markdown_table
 
@@ -57,7 +58,7 @@ class Slice:
     Args:
         label: Which.
         tokens: How many.
-        kl: Mean KL(teacher || student) in nats.
+        kl: Estimate KL(teacher || student) in nats.
         agreement: Share with one first choice.
         student_nll: Mean negative log-likelihood of the labels under the student, in nats.
         teacher_nll: The same under the teacher.
@@ -69,15 +70,6 @@ class Slice:
     agreement: float
     student_nll: float
     teacher_nll: float
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over tokens with its 95 % bootstrap interval over rows, which is None for a single row."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
@@ -107,9 +99,9 @@ class Measurements:
     tokens: int
     student: ModelStatistics
     teacher: ModelStatistics
-    kl: Mean
-    agreement: Mean
-    nll_difference: Mean
+    kl: Estimate
+    agreement: Estimate
+    nll_difference: Estimate
     information_kept: float | None
     label_correlation: float | None
     logit_correlation: float
@@ -169,7 +161,7 @@ class Diagnosis:
 def _measurements(data: Mapping[str, Any]) -> Measurements:
     nested = {
         **{name: ModelStatistics(**data[name]) for name in ("student", "teacher")},
-        **{name: Mean(**data[name]) for name in ("kl", "agreement", "nll_difference")},
+        **{name: Estimate(**data[name]) for name in ("kl", "agreement", "nll_difference")},
         **{name: tuple(Slice(**part) for part in data[name]) for name in ("by_position", "by_teacher_entropy")},
     }
     cka = None if data["cka"] is None else tuple(map(tuple, data["cka"]))

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from hf_distill.evaluation.bootstrap import ItemScores, interval, resampled_means
+from hf_distill.evaluation.bootstrap import Estimate, ItemScores, interval, resampled_means
 from hf_distill.evaluation.memorization.attacks import MODEL, REFERENCE, score_rows
 from hf_distill.evaluation.memorization.blind import blind_scores
 from hf_distill.evaluation.memorization.greedy import TOKENS, greedy_matches
 from hf_distill.evaluation.memorization.mitigations import mitigations
-from hf_distill.evaluation.memorization.report import MANY_NON_MEMBERS, Estimate, GreedyMatch, MemorizationReport
+from hf_distill.evaluation.memorization.report import MANY_NON_MEMBERS, GreedyMatch, MemorizationReport
 from hf_distill.evaluation.memorization.separation import LEAST_NON_MEMBERS, separate, threshold
 from hf_distill.evaluation.rows import Row, check_dataset, count_targets, tokenize
 from hf_distill.evaluation.scoring import Lineup, preserved_state

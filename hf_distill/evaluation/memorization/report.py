@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_distill.evaluation.bootstrap import Estimate
 from hf_distill.evaluation.json_file import read_json, write_json
 from hf_distill.evaluation.tables import format_cell, format_share, markdown_table
 
@@ -37,15 +38,6 @@ class Attack:
     tpr: float | None = None
     tpr_low: float | None = None
     tpr_high: float | None = None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over rows with its 95 % bootstrap interval."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
