@@ -21,12 +21,12 @@ def sampled_gates(log_alpha: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         log_alpha: The location of each gate, any shape.
-        uniform: Numbers from (0, 1), of the same shape.
+        uniform: Numbers from [0, 1], of the same shape.
 
     Returns:
         Gates in [0, 1], of the same shape.
     """
-    concrete = torch.sigmoid((torch.logit(uniform) + log_alpha) / TEMPERATURE)
+    concrete = torch.sigmoid((torch.logit(uniform, eps=1e-6) + log_alpha) / TEMPERATURE)
     return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
