@@ -70,7 +70,7 @@ class CalibrationLoss:
             )
         self._model = model
         self._teacher = teacher
-        self.name = "cross_entropy" if teacher is None else "forward_kl"
+        self.name = "cross-entropy" if teacher is None else "forward KL from the teacher"
 
     def __call__(self, batch: Mapping[str, Tensor]) -> LinearLossOutput:
         """Run the model (and the teacher before it) on one batch."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_distill.anatomy import Anatomy, describe
-from hf_distill.students.calibration import CalibrationLoss, Sequences, left_as_it_was
+from hf_distill.attention_anatomy import head_shape
+from hf_distill.students.calibration import CalibrationLoss, left_as_it_was
+from hf_distill.students.families import Family, family_of
+from hf_distill.students.measuring import LeaveOneOut, Walk
 from hf_distill.students.scores import ImportanceScores
 from hf_distill.students.statistics import BlockInfluence, FirstOrder, MeanActivation, Statistic, Units
-from hf_distill.taps.skipping import SkippableLayers
 
 
 GRADIENT_METHODS = ("taylor", "fisher")
@@ -79,3 +78,102 @@ def estimate_importance(
         >>> scores.save("outputs/importance")
     """
     methods = _check_methods(methods, teacher)
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"`max_tokens` is {max_tokens}; expected a number >= 1, or None for all of `dataloader`.")
+    parts, family = describe(model), family_of(model)
+    _check_family(family, methods)
+    heard = {kind: method for kind, method in methods.items() if method not in ("weight", "leave_one_out")}
+    statistics = {kind: _statistic(parts, family, kind, method) for kind, method in heard.items()}
+    loss = CalibrationLoss(parts.model, teacher) if set(methods.values()) & set(LOSS_METHODS) else None
+    left_out = LeaveOneOut(parts.layers, loss) if loss and methods.get("layers") == "leave_one_out" else None
+    needs_gradient = any(statistic.needs_gradient for statistic in statistics.values())
+    walk = Walk(parts, list(statistics.values()), loss if needs_gradient else None, left_out)
+    scores = {kind: weight_scores(parts, kind) for kind, method in methods.items() if method == "weight"}
+    if statistics or left_out:
+        with left_as_it_was(parts.model, *([] if teacher is None else [teacher])):
+            walk.over(dataloader, max_tokens, show_progress)
+        _check_walk(walk, needs_gradient, left_out)
+    scores |= {kind: statistic.scores() for kind, statistic in statistics.items()}
+    if left_out is not None:
+        scores["layers"] = left_out.scores()
+    if "hidden" in scores:
+        scores["hidden"] = scores["hidden"].flatten()  # one row: all layers share the channels
+    _check_scores(scores, methods, walk, guided=teacher is not None)
+    return ImportanceScores(**scores, provenance=_provenance(methods, walk, loss))
+
+
+def _statistic(parts: Anatomy, family: Family, kind: str, method: str) -> Statistic:
+    """What measures units of one kind by a method that listens to the model."""
+    if kind == "layers":
+        return BlockInfluence(parts.layers)
+    if kind == "mlp":
+        units = Units([[family.mlp_output(layer)] for layer in parts.layers])
+    elif kind == "heads":
+        width = head_shape(parts.model.config)["head_dim"]
+        units = Units([[family.attention_output(layer)] for layer in parts.layers], width=width)
+    else:
+        norms = [norm for layer in parts.layers for norm in family.norms(layer)]
+        units = Units([[*norms, parts.final_norm]], reads_input=False)
+    return MeanActivation(units) if method == "activation" else FirstOrder(units, method)
+
+
+def _check_family(family: Family, methods: Mapping[str, str]) -> None:
+    if not family.cuts_all and methods.keys() & {"heads", "hidden"}:
+        kept = {kind: method for kind, method in methods.items() if kind in ("mlp", "layers")} or dict(DEFAULT)
+        raise ValueError(
+            f"`methods` has {sorted(methods)}, but of {family.name!r} only neurons and layers can be cut; pass "
+            f"`methods={ {kind: kept[kind] for kind in kept if kind in ('mlp', 'layers')} }`."
+        )
+
+
+def _check_methods(methods: Mapping[str, str], teacher: nn.Module | None) -> dict[str, str]:
+    unknown = sorted(methods.keys() - METHODS.keys())
+    if unknown or not methods:
+        raise ValueError(f"`methods` is {dict(methods)}; expected some of {list(METHODS)}, for example {DEFAULT}.")
+    for kind, method in methods.items():
+        if method not in METHODS[kind]:
+            raise ValueError(f"`methods` has {kind!r}: {method!r}; expected one of {list(METHODS[kind])}.")
+    if teacher is not None and not set(methods.values()) & set(LOSS_METHODS):
+        raise ValueError(
+            f"`teacher` would be ignored: none of the methods {dict(methods)} has a loss; take 'taylor' or 'fisher' "
+            "for neurons, heads or channels, 'leave_one_out' for layers, or leave the teacher out."
+        )
+    return dict(methods)
+
+
+def _check_walk(walk: Walk, needs_gradient: bool, left_out: LeaveOneOut | None) -> None:
+    if walk.tokens == 0:
+        raise ValueError("`dataloader` gave no token; expected some batches of text, for example of 128 sequences.")
+    if (needs_gradient and walk.labels == 0) or (left_out is not None and left_out.labels == 0):
+        raise ValueError(
+            f"`dataloader` gave {walk.tokens} tokens and no label (every label is -100), so there is no loss; look at "
+            "the prompt mask, or leave `labels` out to take all tokens."
+        )
+
+
+def _check_scores(scores: Mapping[str, Tensor], methods: Mapping[str, str], walk: Walk, *, guided: bool) -> None:
+    broken = sorted(kind for kind, values in scores.items() if not values.isfinite().all())
+    if broken:
+        raise ValueError(
+            f"The scores of {broken} hold infinities or NaN: the loss or its gradient overflows in this precision; "
+            'load the model with `dtype="bfloat16"` or "float32".'
+        )
+    first_order = [scores[kind] for kind, method in methods.items() if method in GRADIENT_METHODS]
+    if not guided or not first_order:
+        return
+    if walk.loss_sum / walk.labels < SAME_MODEL or all(not values.any() for values in first_order):
+        raise ValueError(
+            f"`teacher` says the same as `model` (KL {walk.loss_sum / walk.labels:.1e} nats per token), so the KL is "
+            "at its minimum and its gradient is 0: 'taylor' and 'fisher' would score rounding. For the first cut leave "
+            "`teacher` out (cross-entropy) or take 'activation'; guide by the teacher from the second cut on."
+        )
+
+
+def _provenance(methods: Mapping[str, str], walk: Walk, loss: CalibrationLoss | None) -> dict[str, str]:
+    """How each field was found, in words."""
+    text = f"over {walk.tokens} tokens of {walk.sequences} sequences"
+    found = {}
+    for kind, method in methods.items():
+        of_loss = f" of {loss.name}" if loss and method in LOSS_METHODS else ""
+        found[kind] = "weight norms" if method == "weight" else f"{method}{of_loss} {text}"
+    return found

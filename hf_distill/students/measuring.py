@@ -22,13 +22,16 @@ class LeaveOneOut:
     Args:
         layers: The model's.
         loss: A sum over labels.
+
+    Attributes:
+        labels: How many it was added up over.
     """
 
     def __init__(self, layers: Sequence[nn.Module], loss: CalibrationLoss) -> None:
         self._layers = layers
         self._loss = loss
         self._increase = torch.zeros(len(layers))
-        self._labels = 0
+        self.labels = 0
 
     def take(self, batch: Mapping[str, Tensor]) -> None:
         """Run the model on one batch with all layers, and without each."""
@@ -43,11 +46,11 @@ class LeaveOneOut:
                     left_out.clear()
         finally:
             skippable.remove()
-        self._labels += int(whole.count)
+        self.labels += int(whole.count)
 
     def scores(self) -> Tensor:
         """Nats per label, `[layers]`."""
-        return self._increase / max(self._labels, 1)
+        return self._increase / self.labels
 
 
 class Walk:

@@ -54,3 +54,138 @@ class GateObjective(FeatureObjective):
         student, report = prune(student, spec, gates.finish())
         ```
     """
+
+    name = "gates"
+    citation = "arXiv 1712.01312, arXiv 2310.06694"
+
+    def __init__(
+        self, student: PreTrainedModel, spec: PruneSpec, *, ramp: Schedule | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(1.0)
+        self._gated = _gated_places(student, spec)
+        self._seed = seed
+        self._draws = 0
+        self._noise: dict[str, Tensor] = {}
+        self.log_alpha = nn.ParameterDict()
+        self.multipliers = nn.ParameterDict()
+        for kind, gated in self._gated.items():
+            self.log_alpha[kind] = nn.Parameter(torch.full((len(gated.modules), gated.units), START))
+            self.multipliers[kind] = nn.Parameter(torch.zeros(2, len(gated.modules), gated.groups))
+        self.scheduled["open_share"] = _OpenShare(DEFAULT_RAMP if ramp is None else ramp, self)
+        self._handles = [
+            module.register_forward_pre_hook(partial(self._close, kind, index))
+            for kind, gated in self._gated.items()
+            for index, module in enumerate(gated.modules)
+        ]
+
+    def bind(self, student: ModelShape, teacher: ModelShape) -> None:
+        """Nothing of the models is chosen here: the gates are in the student already."""
+
+    def move(self, progress: float) -> None:
+        """Begin an optimizer step, with new noise."""
+        super().move(progress)
+        self._draws, self._noise = self._draws + 1, {}
+
+    def forward(self, student: StudentSignals, teacher: TeacherSignals) -> Tensor:
+        """The Lagrangian of the budget, once for each label: divided by those of the step it counts once in it."""
+        total = torch.zeros((), device=student.labels.device)
+        for kind, gated in self._gated.items():
+            target = 1 - self.scheduled["open_share"].ramp * (1 - gated.share)
+            gap = open_probability(self.log_alpha[kind]).unflatten(1, (gated.groups, -1)).mean(-1) - target
+            powers = torch.stack([gap, gap.square()])
+            total = total + (self.multipliers[kind].detach() * powers).sum()
+            # Multipliers climb where everything else descends; this adds their gradient and nothing to the value.
+            climb = (self.multipliers[kind] * powers.detach()).sum()
+            total = total - climb + climb.detach()
+        return total * student.labels.numel()
+
+    def finish(self) -> ImportanceScores:
+        """Take the gates out of the student, their values multiplied into its weights, and make scores of them.
+
+        The student computes what it computed in evaluation; units whose gate is 0 are dead and have the least scores.
+        """
+        for handle in self._handles:
+            handle.remove()
+        scores = {}
+        for kind, gated in self._gated.items():
+            location = self.log_alpha[kind].detach()
+            for module, gates in zip(gated.modules, settled_gates(location), strict=True):
+                _scale_inputs(module, gates.repeat_interleave(gated.width))
+            scores[kind] = open_probability(location).float().cpu()
+        self._gated = {}
+        return ImportanceScores(**scores, provenance=self.config())
+
+    def get_extra_state(self) -> Tensor:
+        """What a checkpoint keeps besides the parameters: how often noise was drawn."""
+        return torch.tensor([self._draws])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on where a checkpoint was."""
+        self._draws, self._noise = int(state), {}
+
+    def open_share(self) -> float:
+        """The expected share of open gates, of all kinds together."""
+        with torch.no_grad():
+            shares = torch.cat([open_probability(each).flatten() for each in self.log_alpha.values()])
+        return float(shares.mean())
+
+    def _close(self, kind: str, index: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Multiply what enters a projection by its layer's gates."""
+        values, *rest = args
+        location = self.log_alpha[kind][index].to(values.device)
+        if module.training:
+            gates = sampled_gates(location, self._uniform(kind)[index].to(values.device))
+        else:
+            gates = settled_gates(location)
+        return values * gates.repeat_interleave(self._gated[kind].width).to(values.dtype), *rest
+
+    def _uniform(self, kind: str) -> Tensor:
+        """The noise of this optimizer step: the same in every micro-batch, on every rank, and after a resume."""
+        if not self._noise:
+            generator = torch.Generator().manual_seed(self._seed * 2**32 + self._draws)
+            self._noise = {
+                name: torch.rand(location.shape, generator=generator) for name, location in self.log_alpha.items()
+            }
+        return self._noise[kind]
+
+
+@dataclass(frozen=True)
+class _Gated:
+    """Where the gates of one kind are.
+
+    Args:
+        modules: By layer, what the gated values enter.
+        units: Gates of one layer.
+        width: Channels of one unit.
+        share: How many of the units stay.
+        groups: Parts of a layer that each keep that share: heads that share keys and values, where `prune` cuts
+            within each group.
+    """
+
+    modules: Sequence[nn.Module]
+    units: int
+    width: int
+    share: float
+    groups: int = 1
+
+
+class _OpenShare(Scheduled):
+    """The share of open gates, logged beside the ramp that it follows."""
+
+    def __init__(self, ramp: Schedule, gates: GateObjective) -> None:
+        super().__init__(ramp)
+        self.ramp = self.value
+        self._read = gates.open_share
+
+    def move(self, progress: float) -> None:
+        """Take the ramp's value of a progress from 0 to 1, and read the gates."""
+        super().move(progress)
+        self.ramp, self.value = self.value, self._read()
+
+
+@torch.no_grad()
+def _scale_inputs(module: nn.Module, factors: Tensor) -> None:
+    """Multiply the weights that read each input channel."""
+    weight = module.weight
+    factors = factors.to(weight)
+    weight.mul_(factors[:, None] if isinstance(module, Conv1D) else factors)
