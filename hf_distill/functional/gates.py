@@ -1,6 +1,6 @@
 """Hard-concrete gates: random numbers in [0, 1] that are exactly 0 or 1 with positive probability.
 
-Source: Louizos et al., "Learning Sparse Neural Networks through L0 Regularization", arXiv 1712.01312, equations 10 to 12.
+Source: Louizos et al., "Learning Sparse Neural Networks through L0 Regularization", arXiv 1712.01312, eqs. 10 to 12.
 """
 
 from __future__ import annotations

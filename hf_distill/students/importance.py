@@ -14,13 +14,12 @@ from hf_distill.students.families import Family, family_of
 from hf_distill.students.measuring import LeaveOneOut, Walk
 from hf_distill.students.scores import ImportanceScores
 from hf_distill.students.statistics import BlockInfluence, FirstOrder, MeanActivation, Statistic, Units
+from hf_distill.students.weight_norms import weight_norms
 
 
 GRADIENT_METHODS = ("taylor", "fisher")
 CHANNEL_METHODS = ("activation", *GRADIENT_METHODS, "weight")
-METHODS = dict.fromkeys(("mlp", "heads", "hidden"), CHANNEL_METHODS) | {
-    "layers": ("block_influence", "leave_one_out")
-}
+METHODS = dict.fromkeys(("mlp", "heads", "hidden"), CHANNEL_METHODS) | {"layers": ("block_influence", "leave_one_out")}
 LOSS_METHODS = (*GRADIENT_METHODS, "leave_one_out")
 DEFAULT = {"mlp": "activation", "heads": "activation", "hidden": "activation", "layers": "block_influence"}
 # Nats per token: a student this near to its teacher is its teacher, and the rest is rounding.
@@ -88,7 +87,8 @@ def estimate_importance(
     left_out = LeaveOneOut(parts.layers, loss) if loss and methods.get("layers") == "leave_one_out" else None
     needs_gradient = any(statistic.needs_gradient for statistic in statistics.values())
     walk = Walk(parts, list(statistics.values()), loss if needs_gradient else None, left_out)
-    scores = {kind: weight_scores(parts, kind) for kind, method in methods.items() if method == "weight"}
+    norms = weight_norms(model) if "weight" in methods.values() else ImportanceScores()
+    scores = {kind: getattr(norms, kind) for kind, method in methods.items() if method == "weight"}
     if statistics or left_out:
         with left_as_it_was(parts.model, *([] if teacher is None else [teacher])):
             walk.over(dataloader, max_tokens, show_progress)
@@ -99,7 +99,7 @@ def estimate_importance(
     if "hidden" in scores:
         scores["hidden"] = scores["hidden"].flatten()  # one row: all layers share the channels
     _check_scores(scores, methods, walk, guided=teacher is not None)
-    return ImportanceScores(**scores, provenance=_provenance(methods, walk, loss))
+    return ImportanceScores(**scores, provenance=_provenance(methods, walk, loss, norms))
 
 
 def _statistic(parts: Anatomy, family: Family, kind: str, method: str) -> Statistic:
@@ -164,16 +164,18 @@ def _check_scores(scores: Mapping[str, Tensor], methods: Mapping[str, str], walk
     if walk.loss_sum / walk.labels < SAME_MODEL or all(not values.any() for values in first_order):
         raise ValueError(
             f"`teacher` says the same as `model` (KL {walk.loss_sum / walk.labels:.1e} nats per token), so the KL is "
-            "at its minimum and its gradient is 0: 'taylor' and 'fisher' would score rounding. For the first cut leave "
-            "`teacher` out (cross-entropy) or take 'activation'; guide by the teacher from the second cut on."
+            "at its minimum and its gradient is 0: 'taylor' and 'fisher' would score rounding. For the first cut "
+            "leave `teacher` out (cross-entropy) or take 'activation'; guide by the teacher from the second cut on."
         )
 
 
-def _provenance(methods: Mapping[str, str], walk: Walk, loss: CalibrationLoss | None) -> dict[str, str]:
+def _provenance(
+    methods: Mapping[str, str], walk: Walk, loss: CalibrationLoss | None, norms: ImportanceScores
+) -> dict[str, str]:
     """How each field was found, in words."""
     text = f"over {walk.tokens} tokens of {walk.sequences} sequences"
     found = {}
     for kind, method in methods.items():
         of_loss = f" of {loss.name}" if loss and method in LOSS_METHODS else ""
-        found[kind] = "weight norms" if method == "weight" else f"{method}{of_loss} {text}"
+        found[kind] = norms.provenance[kind] if method == "weight" else f"{method}{of_loss} {text}"
     return found

@@ -149,7 +149,9 @@ class FirstOrder(ChannelStatistic):
         def on_gradient(gradient: Tensor) -> None:
             products = self._sequences.sum(kept.float() * gradient.float())
             gates = products.unflatten(1, (-1, self._units.width)).sum(2)
-            self._gates[row] = gates if row not in self._gates else self._gates[row] + gates.to(self._gates[row].device)
+            self._gates[row] = (
+                gates if row not in self._gates else self._gates[row] + gates.to(self._gates[row].device)
+            )
 
         values.register_hook(on_gradient)
 
@@ -189,7 +191,9 @@ class BlockInfluence(Statistic):
 
     def _see(self, index: int, entered: Tensor, left: Tensor) -> None:
         before, after = (rows_of(states, self._sequences.index).float() for states in (entered, left))
-        self._sums[index] = self._sums[index].to(before.device) + (1 - F.cosine_similarity(before, after, dim=-1)).sum()
+        self._sums[index] = (
+            self._sums[index].to(before.device) + (1 - F.cosine_similarity(before, after, dim=-1)).sum()
+        )
 
     def end(self) -> None:
         """See `Statistic.end`."""

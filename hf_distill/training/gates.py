@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,15 +12,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_distill.anatomy import describe
 from hf_distill.functional.gates import open_probability, sampled_gates, settled_gates
 from hf_distill.objectives.base import FeatureObjective
 from hf_distill.objectives.schedules import Schedule, Scheduled, warmup
 from hf_distill.signals import ModelShape, StudentSignals, TeacherSignals
+from hf_distill.students.families import family_of
+from hf_distill.students.resolve import target_of
+from hf_distill.students.scores import ImportanceScores
+from hf_distill.students.spec import PruneSpec
+from hf_distill.students.widths import Widths
 
 
 # Where every gate begins: settled it is exactly 1, and drawn it is open with a probability of 0.99.
 START = 3.0
-CONSTRAINTS = ("linear", "quadratic")
+# The budget closes in over the first half of the run, and the student adapts in the second.
+RAMP = warmup(1.0, 0.5)
 
 
 class GateObjective(FeatureObjective):
@@ -71,7 +79,7 @@ class GateObjective(FeatureObjective):
         for kind, gated in self._gated.items():
             self.log_alpha[kind] = nn.Parameter(torch.full((len(gated.modules), gated.units), START))
             self.multipliers[kind] = nn.Parameter(torch.zeros(2, len(gated.modules), gated.groups))
-        self.scheduled["open_share"] = _OpenShare(DEFAULT_RAMP if ramp is None else ramp, self)
+        self.scheduled["open_share"] = _OpenShare(RAMP if ramp is None else ramp, self)
         self._handles = [
             module.register_forward_pre_hook(partial(self._close, kind, index))
             for kind, gated in self._gated.items()
@@ -111,9 +119,9 @@ class GateObjective(FeatureObjective):
             location = self.log_alpha[kind].detach()
             for module, gates in zip(gated.modules, settled_gates(location), strict=True):
                 _scale_inputs(module, gates.repeat_interleave(gated.width))
-            scores[kind] = open_probability(location).float().cpu()
+            scores[kind] = open_probability(location).repeat_interleave(gated.shared_by, dim=1)
         self._gated = {}
-        return ImportanceScores(**scores, provenance=self.config())
+        return ImportanceScores(**scores, provenance=dict.fromkeys(scores, "hard-concrete gates"))
 
     def get_extra_state(self) -> Tensor:
         """What a checkpoint keeps besides the parameters: how often noise was drawn."""
@@ -160,6 +168,7 @@ class _Gated:
         share: How many of the units stay.
         groups: Parts of a layer that each keep that share: heads that share keys and values, where `prune` cuts
             within each group.
+        shared_by: How many heads have one gate: those of a group, where whole groups are cut.
     """
 
     modules: Sequence[nn.Module]
@@ -167,6 +176,7 @@ class _Gated:
     width: int
     share: float
     groups: int = 1
+    shared_by: int = 1
 
 
 class _OpenShare(Scheduled):
@@ -189,3 +199,46 @@ def _scale_inputs(module: nn.Module, factors: Tensor) -> None:
     weight = module.weight
     factors = factors.to(weight)
     weight.mul_(factors[:, None] if isinstance(module, Conv1D) else factors)
+
+
+def _gated_places(student: PreTrainedModel, spec: PruneSpec) -> dict[str, _Gated]:
+    """Where the gates go, by kind.
+
+    Raises:
+        ValueError: The spec cuts neither neurons nor heads, or something else too.
+    """
+    parts, family = describe(student), family_of(student)
+    before, target = Widths.of(parts.model.config, family), target_of(spec, student)
+    after = target.widths
+    other = ["depth"] * (target.depth != parts.num_layers) + ["hidden_size"] * (after.hidden != before.hidden)
+    if other:
+        raise ValueError(
+            f"`spec` cuts {other}, which gates do not choose; they choose neurons and heads: give "
+            "`intermediate_size` and `num_attention_heads` here, and cut the rest before or afterwards."
+        )
+    places = {}
+    if after.neurons != before.neurons:
+        modules = [family.mlp_output(layer) for layer in parts.layers]
+        places["mlp"] = _Gated(modules, before.neurons, 1, after.neurons / before.neurons)
+    if after.heads != before.heads:
+        modules = [family.attention_output(layer) for layer in parts.layers]
+        places["heads"] = _gated_heads(modules, before, after)
+    if not places:
+        raise ValueError(
+            f"`spec` leaves {before.neurons} neurons and {before.heads} heads in each layer as they are; give smaller "
+            "numbers."
+        )
+    return places
+
+
+def _gated_heads(modules: Sequence[nn.Module], before: Widths, after: Widths) -> _Gated:
+    group, share = before.heads // before.kv_heads, after.heads / before.heads
+    if after.kv_heads == before.kv_heads:
+        return _Gated(modules, before.heads, before.head_dim, share, groups=before.kv_heads)
+    if after.heads != after.kv_heads * group:
+        raise ValueError(
+            f"`spec` cuts groups of heads ({before.kv_heads} to {after.kv_heads}) and heads within them ({group} to "
+            f"{after.heads // after.kv_heads}); gates choose one of both: leave out `num_attention_heads` or "
+            "`num_key_value_heads`."
+        )
+    return _Gated(modules, before.kv_heads, group * before.head_dim, share, shared_by=group)

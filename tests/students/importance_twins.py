@@ -112,9 +112,9 @@ def naive_first_order(seen: list[Seen], modules: list[int], channels: list[int],
 def naive_block_influence(model, rows) -> list[float]:
     sums, tokens = [0.0] * describe(model).num_layers, 0
     for ids in rows:
-        entered = []
+        entered: list[tuple[torch.Tensor, torch.Tensor]] = []
         handles = [
-            layer.register_forward_hook(lambda m, args, output: entered.append((args[0][0], output[0])))
+            layer.register_forward_hook(lambda m, args, output, to=entered: to.append((args[0][0], output[0])))
             for layer in describe(model).layers
         ]
         with torch.no_grad():

@@ -66,9 +66,7 @@ def planted() -> torch.nn.Module:
     [("activation", False), ("taylor", False), ("taylor", True), ("fisher", False), ("fisher", True)],
 )
 def test_dead_units_have_the_lowest_scores(method, guided):
-    scores = estimate(
-        planted(), dict.fromkeys(UNITS, method), teacher=twins.make_model(seed=1) if guided else None
-    )
+    scores = estimate(planted(), dict.fromkeys(UNITS, method), teacher=twins.make_model(seed=1) if guided else None)
     assert scores.mlp.argmin(1).tolist() == [7, 7]
     assert scores.heads.argsort(1)[:, :2].sort().values.tolist() == [[2, 3], [2, 3]]
     assert scores.hidden.argmin().item() == 11

@@ -120,7 +120,7 @@ def test_documents_of_a_packed_row_are_sequences_of_their_own():
     rows = [ids for ids in twins.texts() if len(ids) > 3]
     model = twins.make_model(attn_implementation="sdpa")
     packed = {
-        "input_ids": torch.tensor([sum(rows, [])]),
+        "input_ids": torch.tensor([[token for ids in rows for token in ids]]),
         "position_ids": torch.tensor([[position for ids in rows for position in range(len(ids))]]),
         "labels": torch.tensor([[label for ids in rows for label in [-100, *ids[1:]]]]),
     }

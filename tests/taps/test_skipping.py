@@ -41,5 +41,5 @@ def test_layers_that_return_more_than_hidden_states_are_refused():
     layer = torch.nn.Linear(2, 2)
     layer.forward = lambda hidden_states: (hidden_states, None)
     SkippableLayers([layer], set().__contains__)
-    with pytest.raises(ValueError, match="Linear.*return a tuple"):
+    with pytest.raises(ValueError, match=r"Linear.*return a tuple"):
         layer(torch.ones(1, 2))
