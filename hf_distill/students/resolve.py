@@ -135,8 +135,8 @@ def _nearest(ratio: float, choices: list[list[int]], fixed: Target, weights: lis
     best: tuple[float, Target] | None = None
     for outer in product(*choices[:inner]):
         reached = []
-        for value in choices[inner]:
-            depth, hidden, neurons = [*outer, value, *(values[0] for values in choices[inner + 1 :])]
+        for rest in product(*choices[inner:]):
+            depth, hidden, neurons = outer + rest
             target = Target(depth, replace(fixed.widths, hidden=hidden, neurons=neurons))
             reached.append((count(weights, target) / before, target))
         shares = [share for share, _ in reached]

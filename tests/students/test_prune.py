@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig
 
-from hf_distill.students import ImportanceScores, PruneReport, PruneSpec, prune
+from hf_distill.students import ImportanceScores, PruneSpec, prune
 from tests.students.twins import DOWN, GATED, IDS, build, logits, masked_logits
 
 
