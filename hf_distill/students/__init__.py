@@ -1,7 +1,11 @@
 """Students: a plain Hugging Face model in, a plain Hugging Face model out."""
 
 from hf_distill.students.channels import select_channels
+from hf_distill.students.prune import prune
+from hf_distill.students.report import PruneReport
+from hf_distill.students.scores import ImportanceScores
 from hf_distill.students.shrink import choose_layers, shrink
+from hf_distill.students.spec import PruneSpec
 
 
-__all__ = ["choose_layers", "select_channels", "shrink"]
+__all__ = ["ImportanceScores", "PruneReport", "PruneSpec", "choose_layers", "prune", "select_channels", "shrink"]

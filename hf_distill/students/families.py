@@ -130,24 +130,25 @@ def family_of(model: nn.Module | PreTrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
+Axes = dict[str, tuple[Axis, ...]]
 _HIDDEN, _FREE = (Axis.HIDDEN,), (Axis.FREE,)
 _MLP_IN, _MLP_OUT = (Axis.MLP, Axis.HIDDEN), (Axis.HIDDEN, Axis.MLP)
-_OUTER = {
+_OUTER: Axes = {
     "embed_tokens": (Axis.FREE, Axis.HIDDEN),
     "norm": _HIDDEN,
     "lm_head": (Axis.FREE, Axis.HIDDEN),
     "score": (Axis.FREE, Axis.HIDDEN),  # of classifiers
 }
-_ATTENTION_OUT = {"self_attn.o_proj": (Axis.HIDDEN, Axis.QUERY)}
-_ATTENTION = {
+_ATTENTION_OUT: Axes = {"self_attn.o_proj": (Axis.HIDDEN, Axis.QUERY)}
+_ATTENTION: Axes = {
     "self_attn.q_proj": (Axis.QUERY, Axis.HIDDEN),
     "self_attn.k_proj": (Axis.KEY_VALUE, Axis.HIDDEN),
     "self_attn.v_proj": (Axis.KEY_VALUE, Axis.HIDDEN),
 } | _ATTENTION_OUT
-_HEAD_NORMS = {"self_attn.q_norm": _FREE, "self_attn.k_norm": _FREE}
-_DOWN = {"mlp.down_proj": _MLP_OUT}
-_GATED = {"mlp.gate_proj": _MLP_IN, "mlp.up_proj": _MLP_IN} | _DOWN
-_FUSED = {
+_HEAD_NORMS: Axes = {"self_attn.q_norm": _FREE, "self_attn.k_norm": _FREE}
+_DOWN: Axes = {"mlp.down_proj": _MLP_OUT}
+_GATED: Axes = {"mlp.gate_proj": _MLP_IN, "mlp.up_proj": _MLP_IN} | _DOWN
+_FUSED: Axes = {
     "self_attn.qkv_proj": (Axis.QKV, Axis.HIDDEN),
     "mlp.gate_up_proj": (Axis.GATE_UP, Axis.HIDDEN),
 }
