@@ -51,7 +51,8 @@ class GateObjective(FeatureObjective):
         seed: Of the noise.
 
     Raises:
-        ValueError: The spec cuts neither heads nor neurons, or something that no gate decides.
+        ValueError: The spec cuts neither heads nor neurons, or something that no gate chooses, or the ramp leaves
+            its range.
 
     Example:
         ```python
@@ -70,6 +71,9 @@ class GateObjective(FeatureObjective):
         self, student: PreTrainedModel, spec: PruneSpec, *, ramp: Schedule | None = None, seed: int = 0
     ) -> None:
         super().__init__(1.0)
+        ramp = RAMP if ramp is None else ramp
+        if not all(0 <= share <= 1 for _, share in ramp.points):
+            raise ValueError(f"`ramp` goes through {list(ramp.points)}; expected shares of the cut from 0 to 1.")
         self._gated = _gated_places(student, spec)
         self._seed = seed
         self._draws = 0
@@ -79,7 +83,7 @@ class GateObjective(FeatureObjective):
         for kind, gated in self._gated.items():
             self.log_alpha[kind] = nn.Parameter(torch.full((len(gated.modules), gated.units), START))
             self.multipliers[kind] = nn.Parameter(torch.zeros(2, len(gated.modules), gated.groups))
-        self.scheduled["open_share"] = _OpenShare(RAMP if ramp is None else ramp, self)
+        self._open_share = self.scheduled["open_share"] = _OpenShare(ramp, self)
         self._handles = [
             module.register_forward_pre_hook(partial(self._close, kind, index))
             for kind, gated in self._gated.items()
@@ -98,7 +102,7 @@ class GateObjective(FeatureObjective):
         """The Lagrangian of the budget, once for each label: divided by those of the step it counts once in it."""
         total = torch.zeros((), device=student.labels.device)
         for kind, gated in self._gated.items():
-            target = 1 - self.scheduled["open_share"].ramp * (1 - gated.share)
+            target = 1 - self._open_share.ramp * (1 - gated.share)
             gap = open_probability(self.log_alpha[kind]).unflatten(1, (gated.groups, -1)).mean(-1) - target
             powers = torch.stack([gap, gap.square()])
             total = total + (self.multipliers[kind].detach() * powers).sum()
