@@ -1,6 +1,7 @@
 """Students: a plain Hugging Face model in, a plain Hugging Face model out."""
 
 from hf_distill.students.channels import select_channels
+from hf_distill.students.design import student_from_config
 from hf_distill.students.prune import prune
 from hf_distill.students.report import PruneReport
 from hf_distill.students.scores import ImportanceScores
@@ -8,4 +9,13 @@ from hf_distill.students.shrink import choose_layers, shrink
 from hf_distill.students.spec import PruneSpec
 
 
-__all__ = ["ImportanceScores", "PruneReport", "PruneSpec", "choose_layers", "prune", "select_channels", "shrink"]
+__all__ = [
+    "ImportanceScores",
+    "PruneReport",
+    "PruneSpec",
+    "choose_layers",
+    "prune",
+    "select_channels",
+    "shrink",
+    "student_from_config",
+]
