@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,26 +57,27 @@ def student_from_config(
         >>> student = student_from_config(Qwen3Config(...), vocab_size=teacher.config.vocab_size)
     """
     config = source if isinstance(source, PreTrainedConfig) else unwrap(source).config
-    model_class = _class_of(source, config)
+    build = _builder(source, config)
     config = _with_sizes(config, sizes)
     with torch.device("meta"):  # shows what cannot be built before memory is taken
-        model_class._from_config(_copy(config))
+        build(_copy(config))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        return model_class._from_config(config, dtype=dtype).eval()
+        return build(config, dtype=dtype).eval()
 
 
-def _class_of(source: nn.Module | PreTrainedConfig, config: PreTrainedConfig) -> Any:
+def _builder(source: nn.Module | PreTrainedConfig, config: PreTrainedConfig) -> Callable[..., PreTrainedModel]:
+    """What builds a model from a config."""
     if isinstance(source, nn.Module):
-        return type(unwrap(source))
+        return type(unwrap(source))._from_config
     if not config.architectures:
-        return AutoModelForCausalLM
+        return AutoModelForCausalLM.from_config
     if not hasattr(transformers, config.architectures[0]):
         raise ValueError(
             f"`architectures` of the config is {config.architectures}, which transformers does not have; expected a "
             'class of it, for example `config.architectures = ["Qwen3ForCausalLM"]`.'
         )
-    return getattr(transformers, config.architectures[0])
+    return getattr(transformers, config.architectures[0])._from_config
 
 
 def _copy(config: PreTrainedConfig) -> PreTrainedConfig:

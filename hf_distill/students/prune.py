@@ -14,7 +14,7 @@ from hf_distill.students.resolve import concrete, target_of
 from hf_distill.students.scores import ImportanceScores
 from hf_distill.students.selection import Kept, select
 from hf_distill.students.spec import PruneSpec
-from hf_distill.students.surgery import Cut, check_readable, config_of_depth, rebuild
+from hf_distill.students.surgery import Cut, check_readable, config_of_depth, origin, rebuild
 from hf_distill.students.weight_norms import weight_norms
 from hf_distill.students.widths import Widths, config_of_widths
 
@@ -71,7 +71,7 @@ def prune(
     kept = select(spec, target, parts.num_layers, before, scores)
     config = config_of_widths(config_of_depth(parts, kept.layers), family, target.widths)
     if kept.channels is not None:
-        config.hf_distill |= {"kept_channels": kept.channels.tolist(), "teacher_hidden_size": before.hidden}
+        config.hf_distill = origin(kept.layers, parts.num_layers, kept.channels.tolist(), before.hidden)
     config.validate()
     student = rebuild(parts, config, kept.layers, cut=_cutter(parts.model, family, kept, target.widths))
     return student, _report(
@@ -126,6 +126,8 @@ def _report(
 
     return PruneReport(
         spec=spec,
+        num_layers_before=describe(model).num_layers,
+        hidden_size_before=kept.before.hidden,
         layers=tuple(kept.layers),
         neurons=listed(kept.neurons),
         heads=listed(kept.heads),

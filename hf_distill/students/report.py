@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hf_distill.students.spec import PruneSpec
+from hf_distill.students.surgery import origin
 
 
 Indices = tuple[int, ...]
+PER_LAYER = ("neurons", "heads", "kv_heads")
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class PruneReport:
 
     Args:
         spec: What was asked for, with every size made concrete.
+        num_layers_before: Depth of the model that was cut.
+        hidden_size_before: Its hidden width.
         layers: Layers.
         neurons: Neurons of each layer that stays.
         heads: Query heads of each layer that stays.
@@ -33,6 +37,8 @@ class PruneReport:
     """
 
     spec: PruneSpec
+    num_layers_before: int
+    hidden_size_before: int
     layers: Indices
     neurons: tuple[Indices, ...] | None
     heads: tuple[Indices, ...] | None
@@ -59,6 +65,49 @@ class PruneReport:
         """Channel of the result -> the channel it was; None where all stay."""
         return None if self.channels is None else dict(enumerate(self.channels))
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What `config.hf_distill` of the result says."""
+        return origin(self.layers, self.num_layers_before, self.channels, self.hidden_size_before)
+
+    def after(self, earlier: PruneReport) -> PruneReport:
+        """The report of two cuts, counted in the model before the first: for pruning in steps.
+
+        `student.config.hf_distill = report.after(earlier).origin` makes objectives on hidden states compare a student
+        that was cut twice with the first model instead of the one between.
+
+        Args:
+            earlier: The report of the cut that made the model that this one was made of.
+
+        Raises:
+            ValueError: The reports do not follow each other.
+        """
+        if (self.parameters_before, self.num_layers_before) != (earlier.parameters_after, len(earlier.layers)):
+            raise ValueError(
+                f"The earlier cut left {earlier.parameters_after} parameters in {len(earlier.layers)} layers, but "
+                f"this began with {self.parameters_before} in {self.num_layers_before}; give the reports of two "
+                "cuts in their order."
+            )
+        joined: dict[str, Any] = {
+            name: _joined_rows(getattr(earlier, name), getattr(self, name), self.layers) for name in PER_LAYER
+        }
+        methods = {
+            name: "; then ".join(r.provenance[name] for r in (earlier, self) if name in r.provenance)
+            for name in earlier.provenance | self.provenance
+        }
+        return replace(
+            self,
+            spec=replace(self.spec, drop_layers=None),
+            num_layers_before=earlier.num_layers_before,
+            hidden_size_before=earlier.hidden_size_before,
+            layers=tuple(earlier.layers[layer] for layer in self.layers),
+            channels=_joined(earlier.channels, self.channels),
+            parameters_before=earlier.parameters_before,
+            bytes_before=earlier.bytes_before,
+            provenance=methods,
+            **joined,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
         return asdict(self) | {"spec": self.spec.to_dict()}
@@ -80,6 +129,25 @@ class PruneReport:
     def load(cls, path: str | Path) -> PruneReport:
         """Read what `save` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _joined(first: Indices | None, then: Indices | None) -> Indices | None:
+    """The indices of a second choice in what the first was made from."""
+    if first is None or then is None:
+        return then if first is None else first
+    return tuple(first[index] for index in then)
+
+
+def _joined_rows(
+    first: tuple[Indices, ...] | None, then: tuple[Indices, ...] | None, layers: Indices
+) -> tuple[Indices | None, ...] | None:
+    """The same for the rows of layers; those of the first choice are in the order of the layers before the second."""
+    if first is None and then is None:
+        return None
+    return tuple(
+        _joined(None if first is None else first[layer], None if then is None else then[position])
+        for position, layer in enumerate(layers)
+    )
 
 
 def _as_tuples(value: Any) -> Any:

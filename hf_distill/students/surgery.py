@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -44,6 +45,21 @@ def check_readable(teacher: nn.Module, caller: str) -> None:
             )
 
 
+def origin(
+    layers: Sequence[int], depth: int, channels: Sequence[int] | None = None, width: int | None = None
+) -> dict[str, Any]:
+    """What `config.hf_distill` of a student says of where it was cut from; `shape_of` reads it.
+
+    Args:
+        layers: The layers that it is made of.
+        depth: How many there were.
+        channels: The channels of the residual stream, where not all of them stay.
+        width: How many there were.
+    """
+    record: dict[str, Any] = {"kept_layers": list(layers), "teacher_num_hidden_layers": depth}
+    return record if channels is None else record | {"kept_channels": list(channels), "teacher_hidden_size": width}
+
+
 def config_of_depth(source: Anatomy, kept: list[int]) -> PreTrainedConfig:
     """A copy of a model's config for some of its layers, which says where they come from."""
     config = copy.deepcopy(source.model.config)
@@ -54,7 +70,7 @@ def config_of_depth(source: Anatomy, kept: list[int]) -> PreTrainedConfig:
             setattr(config, name, [values[index] for index in kept])
     if hasattr(config, "max_window_layers"):  # Qwen: layers from this one on slide
         config.max_window_layers = sum(index < config.max_window_layers for index in kept)
-    config.hf_distill = {"kept_layers": kept, "teacher_num_hidden_layers": source.num_layers}
+    config.hf_distill = origin(kept, source.num_layers)
     return config
 
 
