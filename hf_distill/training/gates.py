@@ -47,6 +47,7 @@ class GateObjective(FeatureObjective):
     Args:
         student: The model that will be trained, without adapters. The gates are in it until `finish` is called.
         spec: The cut that will be made: `intermediate_size`, `num_attention_heads`, or both.
+        weight: Factor of the Lagrangian.
         ramp: How much of the cut is asked for, from 0 to 1, by the progress of the run.
         seed: Of the noise.
 
@@ -68,9 +69,15 @@ class GateObjective(FeatureObjective):
     citation = "arXiv 1712.01312, arXiv 2310.06694"
 
     def __init__(
-        self, student: PreTrainedModel, spec: PruneSpec, *, ramp: Schedule | None = None, seed: int = 0
+        self,
+        student: PreTrainedModel,
+        spec: PruneSpec,
+        *,
+        weight: float | Schedule = 1.0,
+        ramp: Schedule | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(1.0)
+        super().__init__(weight)
         ramp = RAMP if ramp is None else ramp
         if not all(0 <= share <= 1 for _, share in ramp.points):
             raise ValueError(f"`ramp` goes through {list(ramp.points)}; expected shares of the cut from 0 to 1.")

@@ -8,6 +8,7 @@ import torch
 from hf_distill.students.families import FAMILIES, family_of
 from hf_distill.students.importance import DEFAULT, estimate_importance
 from hf_distill.students.scores import ImportanceScores
+from hf_distill.students.weight_norms import weight_norms
 from tests import tiny
 from tests.students import importance_twins as twins
 from tests.taps.test_last_hidden import hooks
@@ -260,3 +261,17 @@ def test_scores_that_overflow_are_refused():
         model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.inf
     with pytest.raises(ValueError, match=r"scores of \['mlp'\] hold infinities or NaN"):
         estimate(model, {"mlp": "taylor"})
+
+
+def test_weight_norms_are_those_of_prune_and_need_no_text():
+    model = twins.make_model()
+    scores = estimate(model, dict.fromkeys(UNITS, "weight"), data=[])
+    norms = weight_norms(model)
+    assert all(torch.equal(getattr(scores, kind), getattr(norms, kind)) for kind in UNITS)
+    assert scores.provenance == norms.provenance
+    mixed = estimate(model, {"mlp": "weight", "heads": "activation"})
+    assert torch.equal(mixed.mlp, norms.mlp)
+    assert mixed.provenance == {
+        "mlp": norms.provenance["mlp"],
+        "heads": "activation over 39 tokens of 8 sequences",
+    }
