@@ -20,8 +20,8 @@ def test_the_examples_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 64, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     names = {
-        "teacher": tiny.model("llama", layers=4, initializer_range=0.1, vocab_size=320, **sizes),
-        "rows": tiny.tokenized_dataset(16),
+        "teacher": tiny.model("llama", layers=3, initializer_range=0.1, vocab_size=320, **sizes),
+        "rows": tiny.tokenized_dataset(8),
         "collator": DataCollatorForSeq2Seq(tiny.tokenizer()),
     }
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
