@@ -31,10 +31,10 @@ def prune(
     heads set to zero, layers skipped, and channels removed from the residual stream and from the mean that RMSNorm
     divides by. The width of a head never changes. The model is left as it is.
 
-    Gemma multiplies its embeddings by the square root of the hidden size, which would scale the stream down with the
-    width. The embedding is divided by that factor here; where it is also the head, the final norm is multiplied by
-    it. So the stream and the logits are those of the masked model, and only the last hidden state (after the final
-    norm) is scaled, by sqrt(width before / width after).
+    Gemma multiplies its embeddings by the square root of the hidden size, which is less after the cut. The weights of
+    the embedding are enlarged to make up for it; where they are also the head, the final norm is reduced as much. So
+    the stream and the logits are those of the masked model, and only the last hidden state, after the final norm, is
+    smaller, by sqrt(width after / width before).
 
     `config.hf_distill` of the result says which layers, and which channels, are the model's: objectives on hidden
     states compare these.

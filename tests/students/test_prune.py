@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_distill.anatomy import shape_of
 from hf_distill.objectives import HiddenStateObjective
@@ -116,6 +116,9 @@ def test_what_scores_highest_stays():
     assert report.heads == ((0, 1), (2, 3), (2, 3))  # whole groups
     assert report.kv_heads == ((0,), (1,), (1,))
     assert report.provenance == {"heads": "how heads"}
+    _, report = prune(model, PruneSpec(num_key_value_heads=1, num_attention_heads=1), scores)
+    assert report.heads == ((1,), (3,), (2,))  # the best head of the group whose best head scores highest
+    assert report.kv_heads == ((0,), (1,), (1,))
 
 
 def test_without_scores_weight_norms_and_positions_decide_and_say_so():
@@ -228,3 +231,18 @@ def test_scores_of_another_model_or_without_what_is_cut_are_refused():
         prune(model, PruneSpec(intermediate_size=8, round_to=8), scores)
     with pytest.raises(ValueError, match=r"`scores.heads` is needed for"):
         prune(model, PruneSpec(num_attention_heads=2), ImportanceScores())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_real_model_is_cut_as_it_is_masked(tmp_path):
+    from recipes import assets
+
+    model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.float32).eval()
+    with pytest.warns(UserWarning, match="no scores"):
+        student, report = prune(model, PruneSpec(num_attention_heads=6, hidden_size=384, params_ratio=0.5))
+    assert report.params_ratio == pytest.approx(0.5, abs=0.01)
+    expected, found = masked_logits(model, "llama", report), logits(student)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    student.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), found)
