@@ -21,6 +21,7 @@ from hf_distill.students.families import family_of
 from hf_distill.students.resolve import target_of
 from hf_distill.students.scores import ImportanceScores
 from hf_distill.students.spec import PruneSpec
+from hf_distill.students.surgery import check_readable
 from hf_distill.students.widths import Widths
 
 
@@ -52,8 +53,8 @@ class GateObjective(FeatureObjective):
         seed: Of the noise.
 
     Raises:
-        ValueError: The spec cuts neither heads nor neurons, or something that no gate chooses, or the ramp leaves
-            its range.
+        ValueError: The student is quantised, has adapters or is sharded; the spec cuts neither heads nor neurons, or
+            something that no gate chooses; or the ramp leaves its range.
 
     Example:
         ```python
@@ -78,6 +79,7 @@ class GateObjective(FeatureObjective):
         seed: int = 0,
     ) -> None:
         super().__init__(weight)
+        check_readable(student, "GateObjective")
         ramp = RAMP if ramp is None else ramp
         if not all(0 <= share <= 1 for _, share in ramp.points):
             raise ValueError(f"`ramp` goes through {list(ramp.points)}; expected shares of the cut from 0 to 1.")
@@ -122,7 +124,12 @@ class GateObjective(FeatureObjective):
         """Take the gates out of the student, their values multiplied into its weights, and make scores of them.
 
         The student computes what it computed in evaluation; units whose gate is 0 are dead and have the least scores.
+
+        Raises:
+            ValueError: It was called before.
         """
+        if not self._gated:
+            raise ValueError("`finish` was called before and the gates are gone; keep the scores that it gave.")
         for handle in self._handles:
             handle.remove()
         scores = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from hf_distill.students.families import FAMILIES, family_of
 from hf_distill.students.importance import DEFAULT, estimate_importance
@@ -12,6 +13,7 @@ from hf_distill.students.weight_norms import weight_norms
 from tests import tiny
 from tests.students import importance_twins as twins
 from tests.taps.test_last_hidden import hooks
+from tests.training.runs import LORA
 
 
 TINY = {"gemma3_text": "gemma3"}
@@ -253,6 +255,12 @@ UNLABELLED = {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[-100
 def test_wrong_arguments_are_refused_by_name(family, options, message):
     with pytest.raises(ValueError, match=message):
         estimate(tiny.model(family), **options)
+
+
+def test_a_model_with_adapters_is_refused():
+    adapted = get_peft_model(twins.make_model(), LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        estimate(adapted, {"mlp": "activation"})
 
 
 def test_scores_that_overflow_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq
 
 from hf_distill import KDConfig, KDTrainer, LogitObjective
@@ -15,7 +16,7 @@ from hf_distill.students.spec import PruneSpec
 from hf_distill.training.gates import GateObjective
 from tests import tiny
 from tests.taps.test_last_hidden import hooks
-from tests.training.runs import COMMON, logged, trained
+from tests.training.runs import COMMON, LORA, logged, trained
 
 
 SPEC = PruneSpec(intermediate_size=32, num_attention_heads=2, round_to=16)
@@ -239,6 +240,16 @@ def test_what_gates_cannot_choose_is_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         GateObjective(student, spec)
     assert hooks(student) == before
+
+
+def test_a_student_with_adapters_is_refused_and_gates_are_taken_out_once():
+    adapted = get_peft_model(make_student(), LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        GateObjective(adapted, SPEC)
+    gates = GateObjective(make_student(), SPEC)
+    gates.finish()
+    with pytest.raises(ValueError, match="`finish` was called before"):
+        gates.finish()
 
 
 def test_settled_gates_are_where_scores_put_them():
