@@ -56,16 +56,16 @@ def test_steps_end_at_the_spec_and_none_cuts_more_than_a_third(family, spec):
     assert resolve(spec, model) == resolve(spec, models[-1])
 
 
-def test_a_ratio_that_no_single_cut_reaches_is_reached_in_steps():
+def test_a_ratio_is_reached_in_even_steps_at_the_sizes_of_a_single_cut():
     model = make_model(layers=8, vocab_size=64, hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
-    spec = PruneSpec(params_ratio=0.15, round_to=4)
-    with pytest.raises(ValueError, match="nearest that can be reached"):
-        resolve(spec, model)
-    models = walk(model, prune_steps(model.config, spec))
-    assert len(models) == 6  # (2/3)^5 is just under 0.15
-    assert parameters(models[-1]) / parameters(model) == pytest.approx(0.15, rel=0.02)
+    spec = PruneSpec(params_ratio=0.4, round_to=8)
+    steps = prune_steps(model.config, spec)
+    assert steps[-1] == resolve(spec, model)
+    models = walk(model, steps)
+    assert len(models) == 4  # two steps would each keep 0.63
+    assert parameters(models[-1]) / parameters(model) == pytest.approx(0.4, rel=0.03)
     for before, after in pairwise(models):
-        assert parameters(after) / parameters(before) == pytest.approx(0.15 ** (1 / 5), rel=0.03)
+        assert parameters(after) / parameters(before) == pytest.approx(0.4 ** (1 / 3), rel=0.06)
 
 
 def test_a_small_cut_is_one_step():
@@ -108,7 +108,7 @@ def test_more_steps_are_taken_where_they_are_asked_for():
         (PruneSpec(num_hidden_layers=2), 1, "`steps` is 1; one of them would keep 4.%"),
         (PruneSpec(num_hidden_layers=2), 0, "`steps` is 0"),
         (PruneSpec(num_hidden_layers=9), None, "`num_hidden_layers` is 9"),
-        (PruneSpec(params_ratio=0.02, round_to=96), None, "params_ratio|more than 16 steps"),
+        (PruneSpec(params_ratio=0.02, round_to=96), None, "nearest that can be reached"),
     ],
 )
 def test_cuts_that_no_steps_can_make_are_refused(spec, steps, message):
