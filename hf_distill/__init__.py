@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from hf_distill.teachers import CachedTeacher, ModelTeacher, load_teacher
     from hf_distill.training.arguments import KDConfig
     from hf_distill.training.callback import DistillationCallback
+    from hf_distill.training.gates import GateObjective
     from hf_distill.training.gradient_shares import GradientShareCallback
+    from hf_distill.training.layer_drop import LayerDropCallback
     from hf_distill.training.retention import RetentionCallback
     from hf_distill.training.sft import KDSFTConfig, KDSFTTrainer
     from hf_distill.training.trainer import KDTrainer
@@ -26,12 +28,14 @@ __all__ = [
     "AttentionObjective",
     "CachedTeacher",
     "DistillationCallback",
+    "GateObjective",
     "GradientShareCallback",
     "HiddenStateObjective",
     "KDConfig",
     "KDSFTConfig",
     "KDSFTTrainer",
     "KDTrainer",
+    "LayerDropCallback",
     "LogitObjective",
     "ModelTeacher",
     "RelationObjective",
@@ -48,12 +52,14 @@ _MODULES = {
     "AttentionObjective": "hf_distill.objectives",
     "CachedTeacher": "hf_distill.teachers",
     "DistillationCallback": "hf_distill.training.callback",
+    "GateObjective": "hf_distill.training.gates",
     "GradientShareCallback": "hf_distill.training.gradient_shares",
     "HiddenStateObjective": "hf_distill.objectives",
     "KDConfig": "hf_distill.training.arguments",
     "KDSFTConfig": "hf_distill.training.sft",
     "KDSFTTrainer": "hf_distill.training.sft",
     "KDTrainer": "hf_distill.training.trainer",
+    "LayerDropCallback": "hf_distill.training.layer_drop",
     "LogitObjective": "hf_distill.objectives",
     "ModelTeacher": "hf_distill.teachers",
     "RelationObjective": "hf_distill.objectives",

@@ -147,7 +147,7 @@ def shape_of(model: nn.Module, role: str) -> ModelShape:
     """
     parts = describe(model)
     origin = getattr(parts.model.config, "hf_distill", None) or {}
-    kept = origin.get("kept_layers")
+    kept, channels = origin.get("kept_layers"), origin.get("kept_channels")
     head_width = getattr(parts.lm_head, "in_features", parts.hidden_size)  # OPT may project to another one before
     reads_layers = parts.lm_head is not None and head_width == parts.hidden_size
     return ModelShape(
@@ -156,6 +156,8 @@ def shape_of(model: nn.Module, role: str) -> ModelShape:
         hidden_size=parts.hidden_size,
         kept_layers=None if kept is None else tuple(kept),
         cut_from=origin.get("teacher_num_hidden_layers"),
+        kept_channels=None if channels is None else tuple(channels),
+        cut_from_width=origin.get("teacher_hidden_size"),
         vocab_size=parts.vocab_size if reads_layers else None,
         has_final_norm=parts.final_norm is not None,
         is_causal=any(getattr(module, "is_causal", False) for module in parts.layers[0].modules()),

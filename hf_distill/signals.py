@@ -54,6 +54,9 @@ class ModelShape:
         kept_layers: Of a student that was cut from a teacher, the teacher's layers (counted from 0) that it is made
             of; None for every other model.
         cut_from: Depth of the model that it was cut from; None for every other model.
+        kept_channels: Of a student whose hidden width was pruned, the teacher's channels (counted from 0) that it is
+            made of; None for every other model.
+        cut_from_width: Hidden width of the model that it was cut from; None for every other model.
         vocab_size: Width of the logits that its head makes of hidden states; None where it makes none, as a
             classifier, or takes another width than that of the layers.
         has_final_norm: Whether it has a norm between its last layer and its head, and it is known.
@@ -70,6 +73,8 @@ class ModelShape:
     hidden_size: int
     kept_layers: tuple[int, ...] | None = None
     cut_from: int | None = None
+    kept_channels: tuple[int, ...] | None = None
+    cut_from_width: int | None = None
     vocab_size: int | None = None
     has_final_norm: bool = False
     is_causal: bool = False

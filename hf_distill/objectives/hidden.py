@@ -47,7 +47,8 @@ class HiddenStateObjective(FeatureObjective):
         skip_first: Leave out the first token of every sequence, on which decoders put activations hundreds of times
             larger than on the others.
         channels: Instead of a projector: which of the teacher's channels, as many as the student is wide, are
-            compared; for example `hf_distill.students.select_channels(teacher, batches, size)`.
+            compared; for example `hf_distill.students.select_channels(teacher, batches, size)`. A student whose
+            hidden width was pruned from this teacher's is compared with the channels that it kept.
         map_temperature: Of the learned map's softmax, > 0, or a schedule of it. The lower it is, the faster the map
             moves.
         map_entropy: How much the entropy of the learned map counts against distances, >= 0.
@@ -125,6 +126,8 @@ class HiddenStateObjective(FeatureObjective):
         if is_learned:
             self.teacher_layers = frozenset(range(1, teacher.num_layers + 1))
             self.learned = LearnedMap(self.pairs, teacher.num_layers, self._temperature)
+        if self.channels is None and self.loss in PER_TOKEN:
+            self.channels = _kept_channels(student, teacher)
         if self.channels is not None:
             _check_channels(self.channels, student, teacher)
         elif self.loss in PER_TOKEN:
@@ -174,6 +177,13 @@ class HiddenStateObjective(FeatureObjective):
             if len(ours) < 2:  # one token has no geometry
                 return ours[:0].float().sum()
             return PER_SET[self.loss](ours, theirs) * labels
+
+
+def _kept_channels(student: ModelShape, teacher: ModelShape) -> Tensor | None:
+    """The teacher's channels that a pruned student is made of, if it was cut from a model of the teacher's width."""
+    if student.kept_channels is None or student.cut_from_width != teacher.hidden_size:
+        return None
+    return torch.tensor(student.kept_channels, dtype=torch.int64)
 
 
 def _check_channels(channels: Tensor, student: ModelShape, teacher: ModelShape) -> None:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from hf_distill.anatomy import describe
+from hf_distill.skeletons import skeleton
 
 
 if TYPE_CHECKING:
@@ -88,14 +88,6 @@ def adapter_count(config: PreTrainedConfig, peft_config: PeftConfig) -> int:
     with torch.device("meta"):
         adapted = get_peft_model(model, peft_config)
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-
-
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the model of a config on the meta device."""
-    with torch.device("meta"):
-        if config.architectures:
-            return getattr(transformers, config.architectures[0])._from_config(config)
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _linear_modules(module: nn.Module) -> list[nn.Module]:

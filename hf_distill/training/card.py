@@ -84,8 +84,11 @@ def _hyperparameters(args: Any) -> dict[str, Any]:
 
 
 def _kept_layers(config: Any) -> str | None:
-    """How `shrink` made the student, where it did."""
+    """How `shrink` or `prune` made the student, where one did."""
     origin = getattr(config, "hf_distill", None)
     if not origin:
         return None
-    return f"{len(origin['kept_layers'])} of the {origin['teacher_num_hidden_layers']} layers: {origin['kept_layers']}"
+    said = f"{len(origin['kept_layers'])} of the {origin['teacher_num_hidden_layers']} layers: {origin['kept_layers']}"
+    if "kept_channels" in origin:
+        said += f"; {len(origin['kept_channels'])} of the {origin['teacher_hidden_size']} channels"
+    return said

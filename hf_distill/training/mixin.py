@@ -225,7 +225,7 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         if not training:
             needs |= self.teacher.provides & {Signal.LOGITS}
         if not needs:
-            return None, {}
+            return None, dict.fromkeys(tokens, TeacherSignals())
         return self.teacher.signals(inputs, needs, self._features.teacher_layers).at(targets, tokens)
 
     def compute_loss(

@@ -239,3 +239,14 @@ def test_a_layer_whose_computation_depends_on_its_depth_is_not_moved():
     with pytest.raises(ValueError, match=r"Layer 2 of the teacher has attn.scaling"):
         shrink(teacher, layers=[0, 2])
     assert shrink(teacher, layers=[0, 1]).config.num_hidden_layers == 2
+
+
+def test_a_model_that_its_config_does_not_describe_is_refused():
+    teacher = tiny.model("llama")
+    teacher.lm_head = nn.Linear(32, 400, bias=False)
+    with pytest.raises(ValueError, match=r"no weight 'lm_head.weight' to fill the shape \[320, 32\]"):
+        shrink(teacher, num_hidden_layers=1)
+    teacher = tiny.model("llama")
+    teacher.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"weights with no place in a LlamaForCausalLM .*extra.bias"):
+        shrink(teacher, num_hidden_layers=1)

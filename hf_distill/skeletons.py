@@ -1,0 +1,19 @@
+"""Models without weights: shapes on the meta device."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model of a config on the meta device.
+
+    Args:
+        config: `architectures` names the class; a causal language model where it is empty.
+    """
+    with torch.device("meta"):
+        if config.architectures:
+            return getattr(transformers, config.architectures[0])._from_config(config)
+        return AutoModelForCausalLM.from_config(config)
