@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from hf_distill.students.quantizers import Quantizer, StoredTensor
+from hf_distill.students.quantizers import Quantizer
 
 
 FILE = "quantize_report.json"
@@ -33,7 +32,7 @@ class QuantizeReport:
         weight_bytes: Bytes of the weight files that were written.
         bits_per_quantized_weight: In the quantised layers, scales and all else that they store included, biases not.
         bits_per_weight: Of all tensors in the files.
-        left: Layers and embeddings that are not in the method's format, with the format that they have.
+        left: Matrices in another format than the method's (embeddings, the head, stacked experts), and that format.
         tokens: Predictions that were compared.
         kl: Mean of KL(unquantised || reloaded) over them, in nats, at temperature 1.
         top1_agreement: Share of them with one first choice.
@@ -116,15 +115,18 @@ def measure_storage(quantizer: Quantizer, folder: Path, model: PreTrainedModel) 
     stored = quantizer.stored(folder, model)
     quantized = bits = 0
     left = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding):
+    for name, parameter in model.named_parameters():  # a tied head is not among them
+        if parameter.ndim < 2:
             continue
-        tensors = [tensor for tensor in stored if tensor.name.startswith(f"{name}.") and tensor.name != f"{name}.bias"]
+        layer = name.removesuffix(".weight")
+        tensors = [
+            t for t in stored if t.name == name or (t.name.startswith(f"{layer}.") and t.name != f"{layer}.bias")
+        ]
         if any(tensor.format in quantizer.formats for tensor in tensors):
-            quantized += module.weight.numel()
+            quantized += parameter.numel()
             bits += 8 * sum(tensor.bytes for tensor in tensors)
-        elif tensors:  # a tied head has none of its own
-            left[name] = _format_of_weight(tensors)
+        else:  # some families save other names than their modules have
+            left[layer] = tensors[0].format if tensors else str(parameter.dtype).removeprefix("torch.")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "parameters": parameters,
@@ -133,7 +135,3 @@ def measure_storage(quantizer: Quantizer, folder: Path, model: PreTrainedModel) 
         "bits_per_weight": 8 * sum(tensor.bytes for tensor in stored) / parameters,
         "left": left,
     }
-
-
-def _format_of_weight(tensors: list[StoredTensor]) -> str:
-    return max(tensors, key=lambda tensor: tensor.bytes).format

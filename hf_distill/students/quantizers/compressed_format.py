@@ -64,7 +64,8 @@ class CompressedTensorsQuantizer(Quantizer):
         from compressed_tensors.quantization import apply_quantization_config
         from compressed_tensors.quantization.utils import calculate_qparams
 
-        model = source.load()
+        # In fp32, so that the integers are exact; the scales are those that the folder will hold.
+        model = source.load(dtype=torch.float32)
         layers = linear_layers(model)
         others = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and name not in layers]
         config = self._config(others)
@@ -75,12 +76,12 @@ class CompressedTensorsQuantizer(Quantizer):
                 if self.scales is not None:
                     scale = self.scales[name]
                 else:
-                    groups = layer.weight.float().unflatten(1, (-1, self.group_size or layer.in_features))
+                    groups = layer.weight.unflatten(1, (-1, self.group_size or layer.in_features))
                     scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
-                layer.weight_scale.copy_(scale)
+                layer.weight_scale.copy_(scale.to(source.model.dtype))
         compressor = ModelCompressor.from_pretrained_model(model)
         compressor.compress_model(model)
-        model.save_pretrained(folder)
+        model.to(source.model.dtype).save_pretrained(folder)
         compressor.update_config(str(folder))
 
     def _config(self, others: list[str]) -> Any:

@@ -39,7 +39,7 @@ IRRELEVANT = {
 class GGUFQuantizer(Quantizer):
     """Q8_0 or Q4_0 blocks of 32 weights with a 16-bit scale; vectors stay fp32.
 
-    With Q4_0 the embedding and the head are Q8_0: what they lose meets every token. K-quants need llama.cpp's own tool.
+    With Q4_0 the embedding and the head are Q8_0: what they lose meets every token. K-quants need llama.cpp's tool.
     """
 
     package = "gguf"
