@@ -70,7 +70,8 @@ def round_weight(weight: Tensor, method: str, group_size: int | None = None) -> 
         levels = (groups * (1 / scale) + 8.5).floor().clamp(max=15) - 8
         rounded = levels * scale.half().float()
     elif method == "gguf-q8_0":
-        rounded = (groups * (127 / largest)).round() * (largest / 127).half().float()
+        levels = groups * (1 / (largest / 127))
+        rounded = levels.sign() * (levels.abs() + 0.5).floor() * (largest / 127).half().float()
     else:
         steps = {"int8": 127.5, "int8-bnb": 127, "w8a16": 127.5, "w4a16": 7.5}
         steps |= {"qat8": 127.5, "qat4": 7.5}

@@ -29,10 +29,9 @@ NUMBERS = {
 }
 # What a config may hold without changing what the model computes.
 IRRELEVANT = {
-    *("architectures", "attention_dropout", "dtype", "hf_distill", "initializer_range", "name_or_path"),
-    *("_name_or_path", "pretraining_tp", "torch_dtype", "transformers_version", "use_cache", "max_window_layers"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "layer_types", "rope_theta"),
-    *("is_llama_config", "rope_interleaved", "transformers.js_config", "tie_word_embeddings", "is_decoder"),
+    *("architectures", "attention_dropout", "dtype", "initializer_range", "is_decoder", "layer_types"),
+    *("max_window_layers", "pretraining_tp", "transformers_version", "use_cache", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "_name_or_path"),
 }
 
 
@@ -198,10 +197,10 @@ def _check_config(config: PreTrainedConfig, method: str) -> None:
     if config.model_type == "llama":
         read["head_dim"] = _head_dim(config)
     ours, theirs = config.to_dict(), type(config)(**read).to_dict()
-    for name in sorted({*ours, *theirs} - IRRELEVANT):
-        if ours.get(name) != theirs.get(name):
+    for name in sorted(set(theirs) - IRRELEVANT):
+        if ours.get(name) != theirs[name]:
             raise ValueError(
                 f"The config has {name}={ours.get(name)!r}, but a {config.model_type} model that transformers reads "
-                f"from a GGUF file has {theirs.get(name)!r}: the file has no place for it. Use `method='w4a16'`, or "
+                f"from a GGUF file has {theirs[name]!r}: the file has no place for it. Use `method='w4a16'`, or "
                 "llama.cpp's convert_hf_to_gguf.py where llama.cpp alone runs the file."
             )
