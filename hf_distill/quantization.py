@@ -88,9 +88,10 @@ def prepare_quantized_student(model: nn.Module) -> None:
 def _check_differentiable(model: nn.Module) -> None:
     """Pass one row through every layer that holds torchao's weights."""
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        kind = type(getattr(weight, "data", None))
-        if not isinstance(module, nn.Linear) or not kind.__module__.startswith("torchao."):
+        if not isinstance(module, nn.Linear):
+            continue
+        weight, kind = module.weight, type(module.weight.data)
+        if not kind.__module__.startswith("torchao."):
             continue
         sample = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
         with torch.enable_grad():

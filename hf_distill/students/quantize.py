@@ -102,6 +102,7 @@ def write_quantized(
     """
     quantizer.check(source.model, source.tokenizer)
     rows = None if check is None else check_rows(check, source.model)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         written = Path(scratch) / "written"
         written.mkdir()
@@ -139,7 +140,6 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`folder` is {str(folder)!r}, which exists; expected a new or empty folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -73,13 +74,13 @@ class QuantizeReport:
             )
         return cls(**data)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `quantize_report.json` into a folder."""
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         (Path(folder) / FILE).write_text(text, encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> QuantizeReport:
+    def load(cls, folder: str | os.PathLike[str]) -> QuantizeReport:
         """Read it from a folder that `quantize` wrote.
 
         Raises:

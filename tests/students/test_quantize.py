@@ -21,7 +21,11 @@ from tests.students.rounding import IDS, PACKAGES, each_method, logits, naive_tw
 TOLERANCES = {"nf4": 0.15, "int8-bnb": 0.1}
 ROWS = [
     {"input_ids": IDS[0].tolist(), "labels": [-100] * 5 + IDS[0, 5:].tolist()},
-    {"input_ids": [0, 0, *IDS[1].tolist()], "attention_mask": [0, 0] + [1] * 12},
+    {
+        "input_ids": [0, 0, *IDS[1].tolist()],
+        "attention_mask": [0, 0] + [1] * 12,
+        "labels": [-100] * 5 + IDS[1, 3:].tolist(),
+    },
 ]
 
 
@@ -120,11 +124,11 @@ def test_the_kl_is_that_of_the_reloaded_model_over_the_labelled_tokens(method, w
     folder, report = written(method)
     ours, theirs = plain_load(folder), student()
     kl, agree = [], []
-    for ids, first in ((IDS[:1], 5), (IDS[1:], 1)):
+    for ids, first in ((IDS[:1], 5), (IDS[1:], 3)):
         p, q = (logits(model, ids)[0, first - 1 : -1].log_softmax(-1) for model in (theirs, ours))
         kl.append((p.exp() * (p - q)).sum(-1))
         agree.append((p.argmax(-1) == q.argmax(-1)).float())
-    assert report.tokens == len(torch.cat(kl)) == 7 + 11
+    assert report.tokens == len(torch.cat(kl)) == 7 + 9
     assert report.kl == pytest.approx(torch.cat(kl).mean().item(), rel=1e-2, abs=1e-7)
     assert report.top1_agreement == pytest.approx(torch.cat(agree).mean().item())
     assert 0 < report.kl < 0.1
@@ -180,6 +184,15 @@ def test_other_families_are_rounded_too(family, tmp_path):
     assert 8 < report.bits_per_quantized_weight < 9.1
     tied = model.config.tie_word_embeddings
     assert len(report.left) == (1 if tied else 2)  # the embedding, and the head where it is another
+
+
+@needs("torchao")
+def test_biases_are_not_counted_with_the_quantised_weights(tmp_path):
+    report = quantize(student("qwen2", layers=1), tmp_path / "out")
+    widths = [64, 32, 32, 64, 128, 128, 64]  # outputs of the seven layers, each with a scale and a zero point
+    weights = 64 * (64 + 32 + 32 + 64 + 128 + 128) + 128 * 64
+    assert report.quantized_parameters == weights
+    assert report.bits_per_quantized_weight == pytest.approx(8 + 8 * 5 * sum(widths) / weights)
 
 
 @needs("torchao")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments
 
-from hf_distill import KDConfig, KDTrainer
+from hf_distill import DistillationCallback, KDConfig, KDTrainer
 from hf_distill.students import convert_qat, load_quantized, prepare_qat, quantize
 from hf_distill.teachers import prepare_quantized_student
 from tests.students.rounding import student
@@ -81,6 +81,16 @@ def test_a_student_whose_layers_have_no_backward_is_refused(config, tmp_path):
         prepare_quantized_student(loaded(tmp_path / "student", config))
     with pytest.raises(ValueError, match=r"passes no gradient|not support training"):  # transformers knows the second
         make_lora(loaded(tmp_path / "student", config), tmp_path)
+
+
+def test_the_callback_refuses_it_too(tmp_path):
+    student().save_pretrained(tmp_path / "student")
+    model = get_peft_model(loaded(tmp_path / "student", dynamic_configs()[0]), LoraConfig(**LORA))
+    trainer = Trainer(
+        model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True), train_dataset=rows(8, 0)
+    )
+    with pytest.raises(ValueError, match="passes no gradient"):
+        DistillationCallback(trainer, teacher_model=student())
 
 
 def test_an_adapter_on_an_int8_student_trains(tmp_path):
