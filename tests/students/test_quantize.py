@@ -146,7 +146,7 @@ def test_the_report_is_read_back_from_the_folder(method, written):
         QuantizeReport.load(folder.parent)
 
 
-@pytest.mark.parametrize("method", each_method())
+@pytest.mark.parametrize("method", each_method("int8", "w4a16", "nf4", "gguf-q4_0"))
 def test_a_folder_gives_the_bytes_of_the_model_in_memory_whether_or_not_it_is_checked(method, written, tmp_path):
     # The check runs what was written: 4-bit weights that were saved after a pass in eval mode would differ.
     folder, checked = written(method)

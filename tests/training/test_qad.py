@@ -30,7 +30,7 @@ def rows(count: int, seed: int) -> Dataset:
 def make(model, folder, **config) -> KDTrainer:
     settings = {"per_device_train_batch_size": 8, "ce_weight": 0.0, "kd_weight": 1.0, "temperature": 1.0}
     args = KDConfig(str(folder), **(COMMON | settings | config))
-    return KDTrainer(model, args=args, teacher_model=student(), train_dataset=rows(640, 0))
+    return KDTrainer(model, args=args, teacher_model=student(), train_dataset=rows(480, 0))
 
 
 def test_distilling_with_the_rounding_loses_less_than_rounding_afterwards(tmp_path):
@@ -41,11 +41,11 @@ def test_distilling_with_the_rounding_loses_less_than_rounding_afterwards(tmp_pa
     trainer = make(
         model,
         tmp_path / "run",
-        max_steps=80,
+        max_steps=60,
         optim="adamw_torch",
         learning_rate=1e-4,
         lr_scheduler_type="cosine",
-        logging_steps=80,
+        logging_steps=60,
     )
     trainer.train()
     unchanged = [name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])]
