@@ -232,6 +232,8 @@ def quantised_student():
         (student, {"method": "int3"}, "expected one of 'int8'"),
         (student, {"method": "int4"}, "no CPU kernel.*method='w4a16'"),
         (student, {"method": "gguf-q4_k_m"}, "llama-quantize"),
+        (student, {"group_size": 0}, "`group_size` is 0; expected 32, 64 or 128"),
+        (student, {"method": "nf4", "group_size": 32}, "blocks of its own"),
         (student, {"group_size": 48}, "multiples of 48, but 'model.layers.0.self_attn.q_proj'"),
         (lambda: tiny.model("gpt2"), {}, "no nn.Linear"),
         (student, {"check": [{"text": "hello"}]}, "tokenize it first"),

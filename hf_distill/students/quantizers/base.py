@@ -69,6 +69,8 @@ class Quantizer(ABC):
     extra: ClassVar[str]
 
     def __init__(self, method: str, group_size: int | None = None) -> None:
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"`group_size` is {group_size}; expected 32, 64 or 128, or None for the method's choice.")
         self.method = method
         self.group_size = group_size
 
