@@ -11,11 +11,11 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from hf_distill.anatomy import shape_of, task_of, unwrap
+from hf_distill.quantization import prepare_quantized_student, quantization_of
 from hf_distill.signals import Layers, ModelShape, Signal, TeacherSignals
 from hf_distill.teachers.base import Teacher, class_names
 from hf_distill.teachers.inputs import model_inputs
 from hf_distill.teachers.model import public_name, read_signals
-from hf_distill.teachers.quantization import prepare_quantized_student, quantization_of
 
 
 class AdapterDisabledTeacher(Teacher):

@@ -20,13 +20,13 @@ from transformers import (
 from transformers.utils import has_file, strtobool
 
 from hf_distill.anatomy import task_of
-from hf_distill.teachers.model import ModelTeacher
-from hf_distill.teachers.quantization import (
+from hf_distill.quantization import (
     QUANTIZATIONS,
     bitsandbytes_config,
     quantization_of,
     skip_unpackable_layers,
 )
+from hf_distill.teachers.model import ModelTeacher
 
 
 AUTO_CLASSES: dict[str, Any] = {

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.anatomy import ModuleHead, resolve_head, shape_of, task_of, unwrap, virtual_tokens, vocabulary_size
 from hf_distill.functional import LMHead
+from hf_distill.quantization import quantization_of
 from hf_distill.signals import Layers, ModelShape, Projection, Signal, TeacherSignals, identity
 from hf_distill.taps import LayersTap, tap_last_hidden, tap_layers
 from hf_distill.teachers.base import Teacher, class_names
 from hf_distill.teachers.inputs import model_inputs
 from hf_distill.teachers.placement import RemoteHead, place
-from hf_distill.teachers.quantization import quantization_of
 
 
 class ModelTeacher(Teacher):

@@ -20,7 +20,7 @@ from hf_distill.objectives.base import check_weight
 from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
 from hf_distill.signals import AttentionStates, Norm, Projection, Signal, StudentSignals, Targets, identity
 from hf_distill.taps import tap_head_input, tap_layers
-from hf_distill.teachers import Teacher
+from hf_distill.teachers import Teacher, prepare_quantized_student
 from hf_distill.training.checks import check_parallelism, check_positions, check_teacher_type
 from hf_distill.training.gradient_shares import measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
@@ -95,6 +95,7 @@ class DistillationCallback(TrainerCallback):
             )
         check_parallelism(trainer)
         check_positions(trainer.model)
+        prepare_quantized_student(trainer.model)
         self.trainer = trainer
         self.task = task_of(trainer.model)
         self.logits = [term for term in self.objectives if isinstance(term, LogitObjective)]

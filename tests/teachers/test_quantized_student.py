@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from hf_distill.quantization import bitsandbytes_config
 from hf_distill.signals import Signal
 from hf_distill.teachers import AdapterDisabledTeacher, prepare_quantized_student
-from hf_distill.teachers.quantization import bitsandbytes_config
 from tests import tiny
 
 

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from hf_distill import KDConfig, KDTrainer, load_teacher
+from hf_distill.quantization import bitsandbytes_config
 from hf_distill.teachers import prepare_quantized_student
-from hf_distill.teachers.quantization import bitsandbytes_config
 from tests import tiny
 from tests.training.runs import COMMON, LORA, logged
 

@@ -1,4 +1,4 @@
-"""bitsandbytes: how teachers are quantised, and what a quantised student needs to keep its gradients."""
+"""Quantised weights: how bitsandbytes is set up, and what a quantised student needs to keep its gradients."""
 
 from __future__ import annotations
 
@@ -59,18 +59,21 @@ def quantization_of(config: PreTrainedConfig) -> str | None:
 
 
 def prepare_quantized_student(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights that are trained through or saved.
+    """Make sure that gradients pass through quantised layers, and keep them as they were loaded.
 
     On CPUs with AVX512-BF16 the first forward pass of a `Linear4bit` in eval mode repacks its weight into a layout
     that has no backward: after any evaluation the layers below get no gradient, without an error, and what is saved
-    differs from what was loaded. Call it before the first eval pass. Other models are left alone.
+    differs from what was loaded. This is switched off here; call it before the first eval pass. Layers of torchao that
+    quantise their inputs have no backward at all, so they are refused. Other models are left alone.
 
     Args:
         model: The student, wrapped or not.
 
     Raises:
-        ValueError: An eval pass has repacked the weights already, and the exact ones are lost.
+        ValueError: An eval pass has repacked the weights already, and the exact ones are lost; or a layer passes no
+            gradient on.
     """
+    _check_differentiable(model)
     for name, module in model.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
@@ -80,6 +83,25 @@ def prepare_quantized_student(model: nn.Module) -> None:
                 "call `prepare_quantized_student(model)` (or build the trainer) before evaluating or generating."
             )
         module.support_avx512bf16_for_cpu = False
+
+
+def _check_differentiable(model: nn.Module) -> None:
+    """Pass one row through every layer that holds torchao's weights."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        weight, kind = module.weight, type(module.weight.data)
+        if not kind.__module__.startswith("torchao."):
+            continue
+        sample = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(module(sample).sum() + 0 * sample.sum(), sample)
+        if not gradient.any():
+            raise ValueError(
+                f"The student's layer {name!r} ({kind.__name__}) passes no gradient to the layers below it, which "
+                "would train on nothing, without an error. Quantise weights alone (`method='int8'`, or "
+                "`quantization='nf4'`), or train unquantised weights with `prepare_qat(model)`."
+            )
 
 
 def skip_unpackable_layers(model: PreTrainedModel) -> None:
