@@ -101,7 +101,7 @@ def _print_totals(chosen: Way, teacher_flops: float, options: argparse.Namespace
         return f"{flops * options.tokens / 1e18:,.3g} EFLOP, {total:,.3g} GPU hours"
 
     print(
-        f"\n{options.tokens:,.0f} tokens: {hours(chosen.plan.flops_per_token)}, on {options.gpus} GPUs at once. Assumed: "
+        f"\n{options.tokens:,.0f} tokens: {hours(chosen.plan.flops_per_token)}, {options.gpus} at a time. Assumed: "
         f"{options.tflops:g} TFLOP/s achieved by each\n(--tflops: 400 is 40 % of an H100's peak in bf16), nothing "
         "waits for data or other GPUs."
     )

@@ -114,14 +114,19 @@ def adapter_count(config: PreTrainedConfig, peft_config: PeftConfig) -> int:
 
 
 def build(
-    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, peft_config: PeftConfig | None = None
+    config: PreTrainedConfig,
+    dtype: torch.dtype = torch.float32,
+    peft_config: PeftConfig | None = None,
+    depth: int | None = None,
 ) -> nn.Module:
-    """Build the model of a config on the meta device, with an adapter if there is one."""
+    """Build the model of a config on the meta device, with its first `depth` layers, and an adapter if there is one."""
     with torch.device("meta"):
         if config.architectures:
             model = getattr(transformers, config.architectures[0])._from_config(config, dtype=dtype)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if depth is not None:
+            del describe(model).layers[depth:]
         if peft_config is None:
             return model
         from peft import get_peft_model

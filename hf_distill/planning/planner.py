@@ -24,7 +24,7 @@ from hf_distill.planning.memory import (
 )
 from hf_distill.planning.parameters import adapter_count, parameter_count
 from hf_distill.planning.report import Plan
-from hf_distill.planning.simulation import Step, simulate
+from hf_distill.planning.simulation import MADE_IN, Step, simulate
 from hf_distill.planning.timeline import GRADIENTS
 
 
@@ -111,7 +111,7 @@ def plan(
         sequence_length=sequence_length,
         layout=layout,
         flops=_flops(teacher, student, adapter, sequence_length, teacher_cached, gradient_checkpointing),
-        memory=resident | {part: size for part, size in stages[peak].items() if size > 0},
+        memory=resident | _named(stages[peak]),
         peak=peak,
         full_logits=full_logits_bytes(tokens, (student.vocab_size, teacher.vocab_size)) if student.count.head else 0,
         notes=tuple(_notes(teacher, student, layout, teacher_cached, candidates)),
@@ -194,6 +194,14 @@ def _flops(
         "student forward and backward": training_flops(student.count.multiplied, attention, adapter=adapter),
         "student recomputation": recomputed if gradient_checkpointing else 0.0,
     }
+
+
+def _named(parts: dict[str, float]) -> dict[str, float]:
+    """Bytes by the name of a part, but for those that are less than a thousandth."""
+    named: dict[str, float] = {}
+    for part, size in parts.items():
+        named[MADE_IN.get(part, part)] = named.get(MADE_IN.get(part, part), 0.0) + size
+    return {part: size for part, size in named.items() if size > sum(named.values()) / 1000}
 
 
 def _notes(

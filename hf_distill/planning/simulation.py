@@ -27,9 +27,14 @@ from hf_distill.taps import tap_last_hidden
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-TEACHER, FORWARD, LOSS = "teacher forward", "activations", "loss"
+TEACHER, FORWARD, LOSS = "teacher forward", "student forward", "loss"
 # Backward has two stages, since the activations are most when it starts, and the gradients when it ends.
 BACKWARD, END = "backward", "end of backward"
+# What the tensors made in a stage are called, where the stage says too little.
+MADE_IN = {FORWARD: "activations", BACKWARD: "work space of backward", END: "work space of backward"}
+# Depths, in periods of a model's layers, from which others follow: both even, as backward is cut at half of the layers,
+# and deep enough that the first and the last layer are not each other's neighbours.
+SIMULATED = (4, 6)
 # fp32 buffers that the loss uses on one block of a chunk, and the elements of each (see `functional.tile`).
 LOSS_BUFFERS = 8
 LOSS_BLOCK = {"cpu": 2**20, "cuda": 2**24}
@@ -117,20 +122,21 @@ def simulate(
         step: What is computed.
         peft_config: Of an adapter that alone is trained.
     """
-    layers = describe(build(student_config)).layers
-    period = _period(student_config, layers)
-    if 3 * period >= len(layers):
-        moments = _moments(teacher_config, student_config, step, peft_config, len(layers))
+    depth, period = _depth_and_period(student_config)
+    if SIMULATED[1] * period >= depth:
+        moments = _moments(teacher_config, student_config, step, peft_config, depth)
         return Moments(moments, moments, 0)
-    small, large = (_moments(teacher_config, student_config, step, peft_config, n * period) for n in (2, 3))
-    return Moments(small, large, len(layers) / period - 2)
+    small, large = (_moments(teacher_config, student_config, step, peft_config, n * period) for n in SIMULATED)
+    return Moments(small, large, (depth / period - SIMULATED[0]) / (SIMULATED[1] - SIMULATED[0]))
 
 
-def _period(config: PreTrainedConfig, layers: nn.ModuleList) -> int:
-    """After how many layers their kinds and sizes repeat."""
+@remember
+def _depth_and_period(config: PreTrainedConfig) -> tuple[int, int]:
+    """How many layers there are, and after how many their kinds and sizes repeat."""
+    layers = describe(build(config)).layers
     kinds = getattr(config.get_text_config(), "layer_types", None) or [None] * len(layers)
     facts = [(kind, [p.shape for p in layer.parameters()]) for kind, layer in zip(kinds, layers, strict=True)]
-    return next(n for n in range(1, len(facts) + 1) if facts[n:] == facts[:-n])
+    return len(facts), next(n for n in range(1, len(facts) + 1) if facts[n:] == facts[:-n])
 
 
 def _moments(
@@ -140,17 +146,16 @@ def _moments(
     peft_config: PeftConfig | None,
     depth: int,
 ) -> dict[tuple[str, int], Counter[str]]:
-    student = build(student_config, step.student_dtype, peft_config).train()
-    del describe(student).layers[depth:]
+    student = build(student_config, step.student_dtype, peft_config, depth).train()
     if step.checkpointing:
         unwrap(student).activation_checkpointing_enable()
         if peft_config is not None:
             unwrap(student).enable_input_require_grads()
     teacher = None
     if teacher_config is not None:
-        teacher = build(teacher_config, torch.bfloat16).eval()
-        layers = describe(teacher).layers
-        del layers[_period(teacher_config, layers) :]  # without gradients a layer leaves nothing behind
+        # Without gradients a layer leaves nothing behind.
+        period = _depth_and_period(teacher_config)[1]
+        teacher = build(teacher_config, torch.bfloat16, depth=period).eval()
     timeline = Timeline()
     with FakeTensorMode():
         for model in filter(None, (student, teacher)):

@@ -29,13 +29,6 @@ def measured_bytes(**case) -> int:
     return int(run.stdout.splitlines()[-1])
 
 
-def lora():
-    """The adapter of the cases that train one."""
-    from peft import LoraConfig
-
-    return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
 def train(student, teacher, rows, folder, *, batch, arguments) -> None:
     """Two optimizer steps: the moments are there in the second."""
     from transformers import default_data_collator
@@ -76,6 +69,7 @@ def main(family, shape, teacher, *, batch, length, dtype="float32", adapter=Fals
     from hf_distill import CachedTeacher, ModelTeacher
     from hf_distill.cache import build_cache
     from tests import tiny
+    from tests.planning.llama import lora
 
     rows = rows_of(length, 2 * batch * arguments.get("gradient_accumulation_steps", 1))
 
