@@ -49,8 +49,8 @@ def _plan(options: argparse.Namespace) -> int:
     known = ways(*configs, gpus=options.gpus, gpu_memory=options.gpu_memory, lora_rank=options.lora_rank, **settings)
     chosen = next((way for way in known if way.fits), None)
     print(
-        f"Peak of each GPU. Of its {options.gpu_memory:g} GiB a plan may take {known[0].usable_bytes / 2**30:.1f}: the "
-        "CUDA context, NCCL and\nfragmentation have the rest.\n"
+        f"Peak of each GPU. Of its {options.gpu_memory:g} GiB a plan may take {known[0].usable_bytes / 2**30:.1f}: "
+        "the CUDA context, NCCL and\nfragmentation have the rest.\n"
     )
     print("\n".join(map(str, known)))
     if chosen is None:

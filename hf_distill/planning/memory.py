@@ -1,8 +1,8 @@
 """Bytes that one rank needs for weights, optimizer and what sharding gathers: arithmetic on shapes.
 
-Weights and optimizer, like the simulated step beside them, were compared with runs on a CPU. The copies in DDP's buckets
-and what FSDP2 and ZeRO-3 gather follow from their documentation alone. What a caching allocator loses to fragmentation,
-the CUDA context and NCCL (together a few GB) is in no figure.
+Weights and optimizer, like the simulated step beside them, were compared with runs of one process on a CPU. What DDP's
+buckets, sharding over ranks and quantised weights take was not: that is how they are documented. What a caching
+allocator loses to fragmentation, the CUDA context and NCCL (together a few GB) is in no figure.
 """
 
 from __future__ import annotations

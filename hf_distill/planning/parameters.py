@@ -39,7 +39,10 @@ def remember(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def _content(argument: Any) -> Any:
-    return (type(argument), str(argument.to_dict())) if hasattr(argument, "to_dict") else argument
+    if not hasattr(argument, "to_dict"):
+        return argument
+    facts = {key: value for key, value in argument.to_dict().items() if key != "_name_or_path"}
+    return type(argument), str(facts)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def build(
     peft_config: PeftConfig | None = None,
     depth: int | None = None,
 ) -> nn.Module:
-    """Build the model of a config on the meta device, with its first `depth` layers, and an adapter if there is one."""
+    """Build the model of a config on the meta device, with its first `depth` layers, and an adapter if asked."""
+    config = deepcopy(config)  # which models write into
     with torch.device("meta"):
         if config.architectures:
             model = getattr(transformers, config.architectures[0])._from_config(config, dtype=dtype)

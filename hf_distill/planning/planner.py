@@ -176,6 +176,8 @@ def _resident(
             BF16 * max(model.count.widest for model in live if model.quantization)
         )
     return memory
+
+
 def _flops(
     teacher: _Model,
     student: _Model,
@@ -207,9 +209,7 @@ def _named(parts: dict[str, float]) -> dict[str, float]:
 def _notes(
     teacher: _Model, student: _Model, layout: Layout, teacher_cached: bool, candidates: Mapping[str, int] | None
 ) -> Iterator[str]:
-    gap = gap_note(
-        teacher.count.total, student.count.total, teacher_cached=teacher_cached, candidates=candidates
-    )
+    gap = gap_note(teacher.count.total, student.count.total, teacher_cached=teacher_cached, candidates=candidates)
     if gap is not None:
         yield gap
     if layout.sharding == "ddp" or teacher_cached or teacher.quantization is not None:

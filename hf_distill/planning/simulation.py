@@ -32,8 +32,8 @@ TEACHER, FORWARD, LOSS = "teacher forward", "student forward", "loss"
 BACKWARD, END = "backward", "end of backward"
 # What the tensors made in a stage are called, where the stage says too little.
 MADE_IN = {FORWARD: "activations", BACKWARD: "work space of backward", END: "work space of backward"}
-# Depths, in periods of a model's layers, from which others follow: both even, as backward is cut at half of the layers,
-# and deep enough that the first and the last layer are not each other's neighbours.
+# Depths, in periods of a model's layers, from which others follow: both even, as backward is cut at half of the
+# layers, and deep enough that the first and the last layer are not each other's neighbours.
 SIMULATED = (4, 6)
 # fp32 buffers that the loss uses on one block of a chunk, and the elements of each (see `functional.tile`).
 LOSS_BUFFERS = 8

@@ -39,7 +39,9 @@ def train(student, teacher, rows, folder, *, batch, arguments) -> None:
         folder, max_steps=2, per_device_train_batch_size=batch, use_cpu=True, report_to="none", save_strategy="no",
         disable_tqdm=True, logging_strategy="no", dataloader_num_workers=0, **arguments,
     )  # fmt: skip
-    KDTrainer(student, teacher_model=teacher, args=args, train_dataset=rows, data_collator=default_data_collator).train()
+    KDTrainer(
+        student, teacher_model=teacher, args=args, train_dataset=rows, data_collator=default_data_collator
+    ).train()
 
 
 def rows_of(length: int, count: int):
@@ -89,7 +91,7 @@ def main(family, shape, teacher, *, batch, length, dtype="float32", adapter=Fals
         if adapter:
             student = get_peft_model(student, lora())
         train(student, guide, rows, folder, batch=batch, arguments=arguments)
-        print(_status("VmHWM") - before)
+        sys.stdout.write(f"{_status('VmHWM') - before}\n")
 
 
 def _status(field: str) -> int:

@@ -71,3 +71,11 @@ def test_adapter_parameters_are_those_that_peft_trains():
     model = tiny.model("llama")
     expected = adapter_count(config_of(model), lora)
     assert expected == get_peft_model(model, lora).get_nb_trainable_parameters()[0] > 0
+
+
+def test_counting_leaves_the_configs_as_they_were():
+    config, lora = tiny_config(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    before = str(config.to_dict()), str(lora.to_dict())
+    parameter_count(config)
+    adapter_count(config, lora)
+    assert (str(config.to_dict()), str(lora.to_dict())) == before

@@ -23,7 +23,7 @@ SHAPES = {
 
 
 def kept_bytes(model):
-    """Bytes of the tensors, other than weights and buffers, that autograd keeps for the backward pass of the layers."""
+    """Bytes of the tensors, other than weights and buffers, that autograd keeps for the backward pass."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
