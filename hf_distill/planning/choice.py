@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_distill.planning.memory import GIB
-from hf_distill.planning.planner import Plan, plan
+from hf_distill.planning.planner import plan
+from hf_distill.planning.report import Plan
 
 
 # What of a GPU's memory a plan may take: the CUDA context, NCCL and fragmentation have the rest.
@@ -33,14 +34,31 @@ class Way:
     gpu_bytes: float
 
     @property
+    def cached(self) -> bool:
+        """Whether the teacher's soft labels come from disk."""
+        return not self.plan.flops["teacher forward"]
+
+    @property
+    def usable_bytes(self) -> float:
+        """What of a GPU's memory the plan may take."""
+        return USABLE * self.gpu_bytes
+
+    @property
     def fits(self) -> bool:
         """Whether a rank's peak leaves a tenth of its memory free."""
-        return self.plan.bytes_per_rank <= USABLE * self.gpu_bytes
+        return self.plan.bytes_per_rank <= self.usable_bytes
 
     def __str__(self) -> str:
-        needed, largest = self.plan.bytes_per_rank, max(self.plan.memory, key=self.plan.memory.__getitem__)
-        verdict = "fits" if self.fits else f"does not fit: {largest} {self.plan.memory[largest] / GIB:.1f} GiB"
-        return f"{self.name:<52}{needed / GIB:>9.1f} GiB  {verdict}"
+        memory = self.plan.memory
+        verdict = "fits"
+        if not self.fits:
+            largest = max(memory, key=memory.__getitem__)
+            excess = self.plan.bytes_per_rank - self.usable_bytes
+            verdict = (
+                f"{excess / GIB:.1f} GiB too much in the {self.plan.peak}; most of all: {largest}, "
+                f"{memory[largest] / GIB:.1f} GiB"
+            )
+        return f"{self.name:<52}{self.plan.bytes_per_rank / GIB:>9.1f} GiB  {verdict}"
 
 
 def ways(
@@ -60,7 +78,7 @@ def ways(
         gpus: How many.
         gpu_memory: Of each, in GiB.
         lora_rank: Of the adapter in the ways that train one.
-        **settings: Of `plan`: batch size, sequence length, gradient checkpointing.
+        **settings: Of `plan`: batch size, sequence length, accumulation, gradient checkpointing.
 
     Raises:
         ValueError: A number is not above 0; see also `plan`.

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from hf_distill.anatomy import describe
+from hf_distill.anatomy import describe, unwrap
 from hf_distill.skeletons import skeleton
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+Result = TypeVar("Result")
+
+
+def remember(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Call a function once for configs of the same content: a comparison of many ways asks the same many times."""
+    known: dict[tuple[Any, ...], Result] = {}
+
+    @wraps(function)
+    def remembering(*arguments: Any) -> Result:
+        key = tuple(_content(argument) for argument in arguments)
+        if key not in known:
+            known[key] = function(*arguments)
+        return known[key]
+
+    return remembering
+
+
+def _content(argument: Any) -> Any:
+    if not hasattr(argument, "to_dict"):
+        return argument
+    facts = {key: value for key, value in argument.to_dict().items() if key != "_name_or_path"}
+    return type(argument), str(facts)
 
 
 @dataclass(frozen=True)
@@ -30,7 +57,7 @@ class ParameterCount:
         linear: Weights of linear layers but for the head: what 4-bit and 8-bit loading quantise.
         block: The largest transformer layer: what FSDP and ZeRO-3 gather at a time.
         layers: Number of transformer layers.
-        block_width: Sum over a layer's linear modules of inputs and outputs: what its activations are made of.
+        widest: The largest of the weights of linear layers: what 4-bit and 8-bit weights are made whole for.
         idle: Expert weights that one token does not pass (mixture of experts).
     """
 
@@ -41,7 +68,7 @@ class ParameterCount:
     linear: int
     block: int
     layers: int
-    block_width: int
+    widest: int
     idle: int
 
     @property
@@ -55,50 +82,58 @@ class ParameterCount:
         return self.non_embedding - self.idle + self.head
 
 
+@remember
 def parameter_count(config: PreTrainedConfig) -> ParameterCount:
     """Count the parameters of the model that a config describes, exactly and without memory for weights.
 
     Args:
         config: `architectures` names the class; a causal language model when it is empty.
     """
-    model = skeleton(config)
+    model = unwrap(build(config))
     layers = describe(model).layers
     head = model.get_output_embeddings()
     head_weight = getattr(head, "weight", None)
     chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) or 0
+    linear = [m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     looked_up = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     return ParameterCount(
         total=model.num_parameters(),
         embedding=sum(looked_up.values()),
         head=0 if head_weight is None else head_weight.numel(),
         tied=id(head_weight) in looked_up,
-        linear=sum(m.weight.numel() for m in _linear_modules(model) if m is not head),
+        linear=sum(linear),
         block=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
         layers=len(layers),
-        block_width=max(_width(layer, chosen) for layer in layers),
+        widest=max(linear),
         idle=sum(p.numel() // p.shape[0] * (p.shape[0] - chosen) for p in _experts(model) if chosen),
     )
 
 
+@remember
 def adapter_count(config: PreTrainedConfig, peft_config: PeftConfig) -> int:
     """Count the parameters that train when PEFT adds an adapter to the model of a config."""
-    from peft import get_peft_model
-
-    model = skeleton(config)
-    with torch.device("meta"):
-        adapted = get_peft_model(model, peft_config)
+    adapted = build(config, peft_config=peft_config)
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-def _linear_modules(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
+def build(
+    config: PreTrainedConfig,
+    dtype: torch.dtype = torch.float32,
+    peft_config: PeftConfig | None = None,
+    depth: int | None = None,
+) -> nn.Module:
+    """Build the model of a config on the meta device, with its first `depth` layers, and an adapter if asked."""
+    model = skeleton(config, dtype)
+    if depth is not None:
+        del describe(model).layers[depth:]
+    if peft_config is None:
+        return model
+    from peft import get_peft_model
+
+    with torch.device("meta"):
+        return get_peft_model(model, deepcopy(peft_config))  # which writes into its config
 
 
 def _experts(module: nn.Module) -> list[nn.Parameter]:
     """Weights of experts are stacked: `[experts, ., .]`."""
     return [p for p in module.parameters() if p.dim() == 3]
-
-
-def _width(layer: nn.Module, experts_per_token: int) -> int:
-    dense = sum(sum(m.weight.shape) for m in _linear_modules(layer))
-    return dense + experts_per_token * sum(sum(p.shape[1:]) for p in _experts(layer))

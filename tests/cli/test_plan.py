@@ -4,7 +4,7 @@ import pytest
 
 from hf_distill.cli.main import main
 from hf_distill.planning import plan, ways
-from tests.planning.llama import llama_8b, llama_70b
+from tests.planning.llama import llama_8b, llama_70b, tiny_config
 
 
 LLAMA_8B, LLAMA_70B = llama_8b(), llama_70b()
@@ -21,19 +21,41 @@ def test_the_first_way_that_fits_is_shown_with_its_flags_hours_and_bytes(configs
     assert main(["plan", *configs, "--gpus", "8", "--tokens", "1e9"]) == 0
     said = capsys.readouterr().out
     assert "The first that fits: accelerate launch --config_file recipes/accelerate/fsdp2.yaml RECIPE" in said
-    assert "whole student, DDP" in said
-    assert "does not fit: teacher weights (bf16)" in said
+    assert "--gradient_accumulation_steps 8 --max_length 2048 --gradient_checkpointing true --bf16 true" in said
+    assert "most of all: teacher weights (bf16, frozen), 131.4 GiB" in said  # 70.55e9 * 2 bytes
+    assert "8.79 : 1" in said  # 70.55 B to 8.03 B
     needs = plan(LLAMA_70B, LLAMA_8B, world_size=8, sharding="fsdp2")
-    assert f"{needs.flops_per_token * 1e9 / 400e12 / 3600:,.3g} GPU hours at 400 TFLOP/s" in said
+    assert f"{needs.flops_per_token * 1e9 / 400e12 / 3600:,.3g} GPU hours" in said
     assert "nano 40 GB, small 64 GB, base 130 GB, large 260 GB" in said
 
 
-def test_what_fits_nowhere_ends_with_the_exit_status_1(configs, capsys):
-    assert main(["plan", *configs, "--gpu-memory", "8"]) == 1
-    assert (
-        "Nothing fits into 8 GiB; adapter of rank 16, soft labels from disk, DDP comes nearest"
-        in capsys.readouterr().out
-    )
+def test_one_small_gpu_is_told_to_train_an_adapter_from_soft_labels(configs, capsys):
+    # 8.03 B parameters in bf16 are 15 GiB; even in 4 bits the teacher alone is over 33 GiB, and a whole student has
+    # 16 bytes a parameter, 120 GiB. 24 GiB leave 21.6.
+    assert main(["plan", *configs, "--gpu-memory", "24"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("  fits") == 1
+    assert "RECIPE --teacher_cache FOLDER --lora_rank 16" in said
+    assert "hf-distill cache build --teacher" in said
+    assert "Making the soft labels, once: 142 EFLOP" in said  # 2 * 69.5e9 * 1e9, and attention
+
+
+def test_what_fits_nowhere_ends_with_the_exit_status_1_and_a_way_out(configs, capsys):
+    assert main(["plan", *configs, "--gpu-memory", "14"]) == 1
+    said = capsys.readouterr().out
+    assert "Nothing fits. adapter of rank 16, soft labels from disk, DDP comes nearest" in said
+    # The student's 15 GiB of bf16 are spread over two GPUs.
+    assert "this fits: adapter of rank 16, soft labels from disk, FSDP2" in said
+
+
+def test_a_wide_gap_names_the_candidate_in_between(tmp_path, capsys):
+    sizes = {"teacher": 16, "between": 3, "student": 1}
+    for name, times in sizes.items():
+        tiny_config(layers=4, hidden_size=64 * times, vocab_size=512).save_pretrained(tmp_path / name)
+    names = [str(tmp_path / name) for name in sizes]
+    given = ["--teacher", names[0], "--student", f"{names[2]}/config.json", "--length", "64"]
+    assert main(["plan", *given, "--candidates", names[1]]) == 0
+    assert f"the teacher into {names[1]} (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from peft import LoraConfig
 from transformers import LlamaConfig, PreTrainedConfig
 
 from hf_distill.planning import ParameterCount, parameter_count
@@ -48,3 +49,8 @@ def config_of(model) -> PreTrainedConfig:
 def tiny_config(family: str = "llama", **kwargs) -> PreTrainedConfig:
     """The config of a tiny model."""
     return config_of(tiny.model(family, **kwargs))
+
+
+def lora():
+    """An adapter on all linear layers."""
+    return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
