@@ -34,7 +34,7 @@ class Footprint:
         tokens_per_second: Read in forward passes over 4 rows of 128 tokens, of less for models of few positions.
         peak_bytes: The weights and the most that such a pass allocates beside them.
         dtype: Of the weights.
-        device: Where it ran.
+        device: Where it ran: the GPU's name, or the CPU and its threads.
     """
 
     model: str
@@ -63,7 +63,7 @@ def footprint(name: str, model: nn.Module) -> Footprint:
         tokens_per_second=tokens_per_second(model, sample),
         peak_bytes=size + peak_bytes(model, sample),
         dtype=str(base.dtype).removeprefix("torch."),
-        device=base.device.type,
+        device=_device_name(base.device),
     )
 
 
@@ -115,6 +115,14 @@ def _sample(base: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator)
     return ids.to(base.device)
+
+
+def _device_name(device: torch.device) -> str:
+    """What a speed depends on beside the model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s'[: threads != 1]}" if device.type == "cpu" else device.type
 
 
 def _count_parameters(base: Any, model: nn.Module) -> int:

@@ -51,7 +51,7 @@ def trainer_card(
         "datasets": [Dataset(dataset_name)] if dataset_name else [],
         "steps": trainer.state.global_step or None,
         "seed": args.seed,
-        "hyperparameters": _hyperparameters(args),
+        "hyperparameters": _hyperparameters(args) | _duration(trainer),
         "report": trainer.retention_report,
         "versions": installed_versions(),
         "tags": [tags] if isinstance(tags, str) else list(tags or ()),
@@ -81,6 +81,12 @@ def _hyperparameters(args: Any) -> dict[str, Any]:
         "rows per step": rows,
         "precision": precision,
     }
+
+
+def _duration(trainer: Any) -> dict[str, float]:
+    """How long the last call of `train` took, where there was one."""
+    seconds = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+    return {"training time (minutes)": round(seconds[-1] / 60, 1)} if seconds else {}
 
 
 def _kept_layers(config: Any) -> str | None:

@@ -60,7 +60,8 @@ def test_a_deeper_model_is_larger_and_slower():
     assert large.weight_bytes > 3 * small.weight_bytes
     assert large.peak_bytes > large.weight_bytes
     assert large.tokens_per_second < small.tokens_per_second
-    assert (large.dtype, large.device, large.model) == ("float32", "cpu", "student")
+    assert (large.dtype, large.model) == ("float32", "student")
+    assert large.device.startswith(f"cpu, {torch.get_num_threads()} thread")
 
 
 def test_every_task_is_measured():
