@@ -93,7 +93,7 @@ class DistillationCard:
         seed: Of the run.
         hyperparameters: Others worth knowing: learning rate, batch size.
         report: Retention against the teacher.
-        baseline: What the report's baseline column is.
+        baseline: What the report's other columns are, to stand behind "Compared with".
         plots: Files with plots of the report, beside the card.
         evaluation_data: Name of the held-out data.
         comparison: A table that compares runs.
@@ -142,7 +142,7 @@ class DistillationCard:
             report=None,
         )
         facts = _plain(asdict(named)) | {"report": self.report and self.report.to_dict()}
-        return {name: value for name, value in facts.items() if value not in (None, False, [], {})}
+        return {name: value for name, value in facts.items() if value or (value == 0 and value is not False)}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> DistillationCard:

@@ -94,7 +94,6 @@ def render_card(data: DistillationCard) -> str:
         licenses=_licenses(data),
         comparison=_table(data.comparison),
         measurements=_table(data.measurements) or (data.report and data.report.footprint_markdown()),
-        summary=data.report and len(_kept(data.report)) > 1 and data.report.summary(),
     )
     text = without_paths(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
     check_card(text)

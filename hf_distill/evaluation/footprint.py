@@ -46,25 +46,46 @@ class Footprint:
     device: str
 
 
-def footprint(name: str, model: nn.Module) -> Footprint:
+def footprint(name: str, model: nn.Module, speed: float | None = None) -> Footprint:
     """Measure a model where it is, in its own dtype; call it in `preserved_state`.
 
     Args:
         name: Of the model in the report.
         model: A language model or a classifier, wrapped or not.
+        speed: Its tokens per second, where they are known; else they are measured.
     """
     base = unwrap(model)
-    sample = _sample(base)
     size = weight_bytes(model)
-    return Footprint(
-        model=name,
-        parameters=_count_parameters(base, model),
-        weight_bytes=size,
-        tokens_per_second=tokens_per_second(model, sample),
-        peak_bytes=size + peak_bytes(model, sample),
-        dtype=str(base.dtype).removeprefix("torch."),
-        device=_device_name(base.device),
-    )
+    with _as_saved(model):
+        return Footprint(
+            model=name,
+            parameters=_count_parameters(base, model),
+            weight_bytes=size,
+            tokens_per_second=tokens_per_second(model, _sample(base)) if speed is None else speed,
+            peak_bytes=size + peak_bytes(model, _sample(base)),
+            dtype=str(base.dtype).removeprefix("torch."),
+            device=_device_name(base.device),
+        )
+
+
+def speed_once(model: nn.Module) -> float:
+    """Tokens per second of one pass, after one that is not timed."""
+    with _as_saved(model):
+        return tokens_per_second(model, _sample(unwrap(model)), repeats=1)
+
+
+@contextmanager
+def _as_saved(model: Any) -> Iterator[None]:
+    """Run a model without what accelerate puts around a trained one: a copy of its logits in fp32."""
+    wrapped, original = model.__dict__.get("forward"), getattr(model, "_original_forward", None)
+    if wrapped is None or original is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -62,6 +63,18 @@ def test_a_deeper_model_is_larger_and_slower():
     assert large.tokens_per_second < small.tokens_per_second
     assert (large.dtype, large.model) == ("float32", "student")
     assert large.device.startswith(f"cpu, {torch.get_num_threads()} thread")
+
+
+def test_what_mixed_precision_put_around_a_trained_model_is_not_measured():
+    model = tiny.model(layers=1, vocab_size=4000).to(torch.bfloat16)
+    plain = footprint("student", model)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare_model(model)
+    wrapped = model.forward
+
+    assert footprint("student", model).peak_bytes == plain.peak_bytes
+    assert peak_bytes(model, torch.zeros(4, 128, dtype=torch.int64)) > plain.peak_bytes  # the logits again, in fp32
+    assert model.forward is wrapped
 
 
 def test_every_task_is_measured():
