@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -68,8 +69,9 @@ def test_a_deeper_model_is_larger_and_slower():
 def test_what_mixed_precision_put_around_a_trained_model_is_not_measured():
     model = tiny.model(layers=1, vocab_size=4000).to(torch.bfloat16)
     plain = footprint("student", model)
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    model = accelerator.prepare_model(model)
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier trainer's precision would be kept
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
     wrapped = model.forward
 
     assert footprint("student", model).peak_bytes == plain.peak_bytes
