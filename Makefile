@@ -10,7 +10,7 @@ export UV_HTTP_TIMEOUT := 180
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow lint bench
+.PHONY: help quickstart test slow lint bench cards
 
 help: ## Say what each target does
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -50,3 +50,6 @@ lint: $(INSTALLED) ## Style, types and import contracts
 
 bench: $(INSTALLED) ## Time the loss (ARGS=step: a training step) against the alternatives, in one run
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),loss)
+
+cards: $(INSTALLED) ## Render the cards in model_cards/ again, with their plots, from the data beside them
+	$(BIN)/hf-distill card --regenerate $(dir $(wildcard model_cards/*/card.json))

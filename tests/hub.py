@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
+
 
 COMMIT = "0" * 40
 
 
 class LocalHub(ThreadingHTTPServer):
-    """Keeps the files of all commits in `files`, by repository and path.
+    """Keeps the files of all commits in `files`, by repository and path, and each commit's own in `commits`.
 
     `faults` are statuses that the next requests whose path holds a word are answered with, by that word; `requests`
     are methods and paths.
@@ -24,6 +26,7 @@ class LocalHub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
+        self.commits: list[dict[str, bytes]] = []
         self.faults: dict[str, list[int]] = {}
         self.requests: list[str] = []
 
@@ -43,6 +46,16 @@ def local_hub() -> Iterator[LocalHub]:
         finally:
             hub.shutdown()
             thread.join()
+
+
+def talk_to(url, monkeypatch) -> None:
+    """Let the client of this process, which reads its settings when it is imported, talk to a server, unpaused."""
+    resolve = "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in (("HF_HUB_OFFLINE", False), ("ENDPOINT", url), ("HUGGINGFACE_CO_URL_TEMPLATE", url + resolve)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # one that was made has another address
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -100,10 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
         elif "/commit/" in self.path:
             repository = self.path.removeprefix("/api/models/").split("/commit/")[0]
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    self.server.files[repository][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            entries = [json.loads(line) for line in body.splitlines()]
+            files = [entry["value"] for entry in entries if entry["key"] == "file"]
+            self.server.commits.append({file["path"]: base64.b64decode(file["content"]) for file in files})
+            self.server.files[repository] |= self.server.commits[-1]
             facts = {"commitOid": COMMIT, "commitUrl": f"{self.server.url}/{repository}/commit/{COMMIT}"}
             if "create_pr=1" in self.path:
                 facts["pullRequestUrl"] = f"{self.server.url}/{repository}/discussions/1"

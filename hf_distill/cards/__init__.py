@@ -4,7 +4,7 @@ from hf_distill.cards.check import check_card
 from hf_distill.cards.data import Dataset, DistillationCard, Loss, Table, installed_versions, is_hub_id
 from hf_distill.cards.folder import check_folder
 from hf_distill.cards.hub import Pushed, push_distilled
-from hf_distill.cards.render import card_metadata, draw_plots, render_card, write_card
+from hf_distill.cards.render import card_metadata, draw_plots, regenerate_card, render_card, write_card
 
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "installed_versions",
     "is_hub_id",
     "push_distilled",
+    "regenerate_card",
     "render_card",
     "write_card",
 ]

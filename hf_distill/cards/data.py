@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_distill.cards.check import without_paths
 from hf_distill.evaluation import RetentionReport
+from hf_distill.evaluation.json_file import read_json, write_json
 
 
+CARD_DATA = "card.json"
 LIBRARIES = ("hf-distill", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "torch")
 
 
@@ -87,7 +93,7 @@ class DistillationCard:
         seed: Of the run.
         hyperparameters: Others worth knowing: learning rate, batch size.
         report: Retention against the teacher.
-        baseline: What the report's baseline column is.
+        baseline: What the report's other columns are, to stand behind "Compared with".
         plots: Files with plots of the report, beside the card.
         evaluation_data: Name of the held-out data.
         comparison: A table that compares runs.
@@ -126,6 +132,50 @@ class DistillationCard:
     notes: Sequence[str] = ()
     tags: Sequence[str] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is known, as JSON-ready values that describe no machine; `from_dict` gives the same card."""
+        named = replace(
+            self,
+            teacher=_public_name(self.teacher),
+            base_model=_public_name(self.base_model),
+            datasets=[replace(item, name=_public_name(item.name)) for item in self.datasets],
+            report=None,
+        )
+        facts = _plain(asdict(named)) | {"report": self.report and self.report.to_dict()}
+        return {name: value for name, value in facts.items() if value or (value == 0 and value is not False)}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> DistillationCard:
+        """The card that `to_dict` described.
+
+        Raises:
+            ValueError: It holds what no card says.
+        """
+        known = {item.name for item in fields(cls)}
+        if unknown := sorted(set(facts) - known):
+            raise ValueError(f"The data of a card hold {unknown}; expected some of {sorted(known)}.")
+        values = dict(facts)
+        for name, kind in {"losses": Loss, "datasets": Dataset}.items():
+            values[name] = [kind(**item) for item in values.get(name, ())]
+        for name in ("comparison", "measurements"):
+            values[name] = Table(**values[name]) if name in values else None
+        values["report"] = RetentionReport.from_dict(values["report"]) if "report" in values else None
+        return cls(**values)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `card.json`: what the card in this folder is rendered from."""
+        write_json(self.to_dict(), Path(folder) / CARD_DATA)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DistillationCard:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: The file holds something else.
+            FileNotFoundError: There is none.
+        """
+        return cls.from_dict(read_json(Path(folder) / CARD_DATA, "the data of a card"))
+
 
 def is_hub_id(name: str | None) -> bool:
     """Tell a Hub id, `organisation/name`, from a path or a description.
@@ -148,6 +198,24 @@ def display_name(name: str) -> str:
         return f"[{name}](https://huggingface.co/{name})"
     is_path = os.path.exists(name) or (" " not in name and re.search(r"[\\/]", name))
     return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if is_path else name
+
+
+def _public_name(name: str | None) -> Any:
+    """A Hub id as it is, of a path its last part."""
+    return name if name is None or is_hub_id(name) else display_name(name)
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON has, without absolute paths; None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):  # of numpy or torch
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int)) else without_paths(str(value))
 
 
 def installed_versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ import importlib.resources
 import importlib.util
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,6 @@ def render_card(data: DistillationCard) -> str:
         licenses=_licenses(data),
         comparison=_table(data.comparison),
         measurements=_table(data.measurements) or (data.report and data.report.footprint_markdown()),
-        summary=data.report and len(_kept(data.report)) > 1 and data.report.summary(),
     )
     text = without_paths(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
     check_card(text)
@@ -230,13 +230,30 @@ def _table(table: Table | None) -> str | None:
 
 
 def write_card(card: DistillationCard, folder: str | Path) -> Path:
-    """Render a card to `folder/README.md`; an interrupted write leaves an older card whole."""
+    """Render a card to `folder/README.md`, and keep what it says in `folder/card.json`.
+
+    An interrupted write leaves an older card whole.
+    """
+    # What stands in the file is what is rendered: rendering it again gives the same text.
+    card = DistillationCard.from_dict(card.to_dict())
+    text = render_card(card)
     path = Path(folder) / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    card.save(folder)
     unfinished = path.with_name(f".README.{os.getpid()}.tmp")
-    unfinished.write_text(render_card(card), encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
     return path
+
+
+def regenerate_card(folder: str | Path) -> Path:
+    """Render the card of a folder, and draw its plots, again from its `card.json`.
+
+    Raises:
+        ValueError: The file holds something else than the data of a card.
+        FileNotFoundError: There is none.
+    """
+    card = DistillationCard.load(folder)
+    return write_card(replace(card, plots=draw_plots(card.report, folder) or card.plots), folder)
 
 
 def draw_plots(report: RetentionReport | None, folder: str | Path) -> list[str]:

@@ -34,7 +34,7 @@ class Footprint:
         tokens_per_second: Read in forward passes over 4 rows of 128 tokens, of less for models of few positions.
         peak_bytes: The weights and the most that such a pass allocates beside them.
         dtype: Of the weights.
-        device: Where it ran.
+        device: Where it ran: the GPU's name, or the CPU and its threads.
     """
 
     model: str
@@ -46,25 +46,46 @@ class Footprint:
     device: str
 
 
-def footprint(name: str, model: nn.Module) -> Footprint:
+def footprint(name: str, model: nn.Module, speed: float | None = None) -> Footprint:
     """Measure a model where it is, in its own dtype; call it in `preserved_state`.
 
     Args:
         name: Of the model in the report.
         model: A language model or a classifier, wrapped or not.
+        speed: Its tokens per second, where they are known; else they are measured.
     """
     base = unwrap(model)
-    sample = _sample(base)
     size = weight_bytes(model)
-    return Footprint(
-        model=name,
-        parameters=_count_parameters(base, model),
-        weight_bytes=size,
-        tokens_per_second=tokens_per_second(model, sample),
-        peak_bytes=size + peak_bytes(model, sample),
-        dtype=str(base.dtype).removeprefix("torch."),
-        device=base.device.type,
-    )
+    with _as_saved(model):
+        return Footprint(
+            model=name,
+            parameters=_count_parameters(base, model),
+            weight_bytes=size,
+            tokens_per_second=tokens_per_second(model, _sample(base)) if speed is None else speed,
+            peak_bytes=size + peak_bytes(model, _sample(base)),
+            dtype=str(base.dtype).removeprefix("torch."),
+            device=_device_name(base.device),
+        )
+
+
+def speed_once(model: nn.Module) -> float:
+    """Tokens per second of one pass, after one that is not timed."""
+    with _as_saved(model):
+        return tokens_per_second(model, _sample(unwrap(model)), repeats=1)
+
+
+@contextmanager
+def _as_saved(model: Any) -> Iterator[None]:
+    """Run a model without what accelerate puts around a trained one: a copy of its logits in fp32."""
+    wrapped, original = model.__dict__.get("forward"), getattr(model, "_original_forward", None)
+    if wrapped is None or original is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -115,6 +136,14 @@ def _sample(base: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator)
     return ids.to(base.device)
+
+
+def _device_name(device: torch.device) -> str:
+    """What a speed depends on beside the model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s'[: threads != 1]}" if device.type == "cpu" else device.type
 
 
 def _count_parameters(base: Any, model: nn.Module) -> int:

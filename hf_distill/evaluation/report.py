@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 BASELINE = "baseline"
 FOOTPRINT_NOTE = (
-    f"Measured on one machine, in forward passes over {ROWS} rows of up to {LENGTH} tokens; peak memory is the "
-    "weights and the most that a pass allocates beside them."
+    f"Measured by turns on one machine, in forward passes over {ROWS} rows of up to {LENGTH} tokens; peak memory is "
+    "the weights and the most that a pass allocates beside them."
 )
 
 

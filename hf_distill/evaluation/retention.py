@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 
 from hf_distill.evaluation.benchmarks import Benchmark
 from hf_distill.evaluation.bootstrap import interval, resampled_means, retention
-from hf_distill.evaluation.footprint import Footprint, footprint
+from hf_distill.evaluation.footprint import Footprint, footprint, speed_once
 from hf_distill.evaluation.report import BASELINE, RetentionReport, RetentionRow
 from hf_distill.evaluation.scoring import STUDENT, TEACHER, Lineup, module_of, preserved_state
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RetentionReport", "RetentionRow", "evaluate_retention"]
+SPEED_ROUNDS = 3
 
 
 def evaluate_retention(
@@ -44,7 +46,7 @@ def evaluate_retention(
         tokenizer: Needed when a dataset holds text.
         baseline: Another model to report beside the student, for example the student before distillation, or several
             by name: `{"before distillation": before, "cross-entropy only": alone}`.
-        measure_footprints: Whether size, speed and memory of every model are measured too, in five forward passes.
+        measure_footprints: Whether size, speed and memory of every model are measured too, in seven forward passes.
 
     Returns:
         One row per benchmark, with a 95 % paired bootstrap interval over items, and the footprint of every model that
@@ -143,9 +145,15 @@ def _finite(benchmark: Benchmark, role: str, value: Any) -> float | None:
 
 def _footprints(lineup: Lineup) -> tuple[Footprint, ...]:
     """Of every model that is here, the teacher first."""
-    measured = []
-    for role in (TEACHER, *(role for role in lineup.models if role != TEACHER)):
-        if module_of(lineup.models[role]) is not None:
+    present = [role for role in lineup.models if module_of(lineup.models[role]) is not None]
+    speeds: dict[str, list[float]] = {role: [] for role in sorted(present, key=lambda role: role != TEACHER)}
+    # By turns: what else the machine does for a while slows all of them.
+    for _ in range(SPEED_ROUNDS):
+        for role, measured in speeds.items():
             with lineup.running(role) as module:
-                measured.append(footprint(role, module))
-    return tuple(measured)
+                measured.append(speed_once(module))
+    footprints = []
+    for role, measured in speeds.items():
+        with lineup.running(role) as module:
+            footprints.append(footprint(role, module, statistics.median(measured)))
+    return tuple(footprints)

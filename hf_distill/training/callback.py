@@ -21,6 +21,7 @@ from hf_distill.objectives.logits import STUDENT_MONITORS, TEACHER_MONITORS
 from hf_distill.signals import AttentionStates, Norm, Projection, Signal, StudentSignals, Targets, identity
 from hf_distill.taps import tap_head_input, tap_layers
 from hf_distill.teachers import Teacher, prepare_quantized_student
+from hf_distill.training.card import CardMixin
 from hf_distill.training.checks import check_parallelism, check_positions, check_teacher_type
 from hf_distill.training.gradient_shares import measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
@@ -55,9 +56,10 @@ class DistillationCallback(TrainerCallback):
     micro-batch in `compute_loss`. The student's own forward is listened to, so it runs no second time; the teacher
     reads exactly the keyword arguments that the student was given. The terms are divided by the labelled tokens of
     all micro-batches and ranks of an optimizer step, and logged beside the trainer's own metrics; `loss` is the sum.
-    Evaluation is the trainer's own. It stays for every run of the trainer, resumed ones too, until
-    `trainer.remove_callback(DistillationCallback)`, which makes the trainer what it was. Where the labels are the
-    main thing, `KDTrainer` and `KDSFTTrainer` do the same and never build the student's logits.
+    Evaluation is the trainer's own; its model card is the one that `KDTrainer` writes. It stays for every run of the
+    trainer, resumed ones too, until `trainer.remove_callback(DistillationCallback)`, which makes the trainer what it
+    was. Where the labels are the main thing, `KDTrainer` and `KDSFTTrainer` do the same and never build the student's
+    logits.
 
     Args:
         trainer: The trainer that it is added to.
@@ -129,10 +131,12 @@ class DistillationCallback(TrainerCallback):
         trainer._distillation, trainer._features = self, self.features
         trainer._objective_lr_multiplier = objective_lr_multiplier
         trainer.__class__ = type(self._class.__name__, (ListeningMixin, self._class), {})
+        trainer._set_up_card()
 
     def detach(self) -> None:
         """Make the trainer what it was; removing the callback from it does that."""
         self.trainer._drop_features()
+        self.trainer._drop_card()
         self.trainer.callback_handler.pop_callback(self.schedules)
         del self.trainer._distillation
         self.trainer.__class__ = self._class
@@ -236,7 +240,7 @@ class DistillationCallback(TrainerCallback):
         return Projection([*heard.hidden.values(), *queries][0], identity)
 
 
-class ListeningMixin(ObjectiveParametersMixin, Base):
+class ListeningMixin(CardMixin, ObjectiveParametersMixin, Base):
     """What a trainer does while a `DistillationCallback` is added to it."""
 
     _distillation: DistillationCallback

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_distill.anatomy import resolve_head, shape_of, task_of, unwrap
-from hf_distill.cards import draw_plots, write_card
 from hf_distill.evaluation import Benchmark, RetentionReport, evaluate_retention
 from hf_distill.functional import LinearLossOutput, reduce_sum
 from hf_distill.objectives import LogitObjective, Objective, logit_loss
@@ -30,7 +29,7 @@ from hf_distill.signals import (
 )
 from hf_distill.taps import tap_last_hidden, tap_layers
 from hf_distill.teachers import Teacher, prepare_quantized_student
-from hf_distill.training.card import trainer_card
+from hf_distill.training.card import CardMixin
 from hf_distill.training.checks import check_columns, check_parallelism, check_positions, check_teacher_argument
 from hf_distill.training.gradient_shares import Losses, measure_shares, measured_shares, term_losses
 from hf_distill.training.metrics import MetricWindow
@@ -61,7 +60,7 @@ class Distilled:
     terms: Losses
 
 
-class DistillationMixin(ObjectiveParametersMixin, Base):
+class DistillationMixin(CardMixin, ObjectiveParametersMixin, Base):
     """Adds a teacher to a `transformers.Trainer`.
 
     The wrapped student is called as usual, once, without its vocabulary projection; the loss projects the labelled
@@ -123,7 +122,7 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
         self._schedules = ScheduleCallback(self.objectives, self.accelerator, self._train_window)
         self.add_callback(self._schedules)
         self._warned_unlabelled = False
-        self.retention_report: RetentionReport | None = None
+        self._set_up_card()
 
     def _prepare_student(self, model: str | PreTrainedModel | nn.Module, args: Any) -> Any:
         """Make what the base trainer is given as its model; it is called when the arguments have been checked."""
@@ -321,21 +320,6 @@ class DistillationMixin(ObjectiveParametersMixin, Base):
             self.model, self.teacher, benchmarks, self.processing_class, baseline
         )
         return self.retention_report
-
-    def create_model_card(self, **facts: Any) -> None:
-        """Write `README.md` into the output folder: what was done and measured, nothing else.
-
-        Plots of the retention are written beside it where matplotlib is installed.
-
-        It runs by itself in `push_to_hub`, which passes its keyword arguments on.
-
-        Args:
-            **facts: `model_name`, `dataset_name`, `tags`, `finetuned_from` and every field of
-                `hf_distill.cards.DistillationCard`.
-        """
-        if self.is_world_process_zero():
-            plots = draw_plots(self.retention_report, self.args.output_dir)
-            write_card(trainer_card(self, **({"plots": plots} | facts)), self.args.output_dir)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -103,7 +103,7 @@ class RetentionCallback(TrainerCallback):
             return self._measured[1]
         trainer = self.trainer
         with trainer.accelerator.autocast():
-            self.report = evaluate_retention(
+            report = evaluate_retention(
                 trainer.model,
                 self.teacher,
                 self.benchmarks,
@@ -112,7 +112,8 @@ class RetentionCallback(TrainerCallback):
                 measure_footprints=final,
             )
         # Ranks may differ in the last digit, and would disagree on when to stop.
-        [metrics] = broadcast_object_list([retention_metrics(self.report)])
+        [self.report] = broadcast_object_list([report])
+        metrics = retention_metrics(self.report)
         if hasattr(trainer, "retention_report"):
             trainer.retention_report = self.report
         self._measured = state.global_step, metrics

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 
-import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
@@ -18,21 +17,12 @@ from hf_distill.cards import DistillationCard
 from hf_distill.cli.main import main
 from hf_distill.evaluation import RetentionRow
 from tests import tiny
-from tests.hub import local_hub
+from tests.hub import local_hub, talk_to
 
 
 ROW = RetentionRow("reviews", "accuracy", True, 0.5, 200, 0.9, 0.85, None, 0.875, 0.8, 0.95)
 REPORT = RetentionReport((ROW,), 0.8, 0.95)
 CARD = DistillationCard(name="student", teacher="org/teacher")
-
-
-def talk_to(url, monkeypatch):
-    """The client reads its settings when it is imported."""
-    resolve = "/{repo_id}/resolve/{revision}/{filename}"
-    for name, value in (("HF_HUB_OFFLINE", False), ("ENDPOINT", url), ("HUGGINGFACE_CO_URL_TEMPLATE", url + resolve)):
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -60,7 +62,21 @@ def test_a_deeper_model_is_larger_and_slower():
     assert large.weight_bytes > 3 * small.weight_bytes
     assert large.peak_bytes > large.weight_bytes
     assert large.tokens_per_second < small.tokens_per_second
-    assert (large.dtype, large.device, large.model) == ("float32", "cpu", "student")
+    assert (large.dtype, large.model) == ("float32", "student")
+    assert large.device.startswith(f"cpu, {torch.get_num_threads()} thread")
+
+
+def test_what_mixed_precision_put_around_a_trained_model_is_not_measured():
+    model = tiny.model(layers=1, vocab_size=4000).to(torch.bfloat16)
+    plain = footprint("student", model)
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier trainer's precision would be kept
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    wrapped = model.forward
+
+    assert footprint("student", model).peak_bytes == plain.peak_bytes
+    assert peak_bytes(model, torch.zeros(4, 128, dtype=torch.int64)) > plain.peak_bytes  # the logits again, in fp32
+    assert model.forward is wrapped
 
 
 def test_every_task_is_measured():

@@ -52,12 +52,15 @@ def small_assets(monkeypatch, tmp_path):
 def test_the_quickstart_ends_with_a_table_a_student_and_a_true_card(flags, run, small_assets, tmp_path, capsys):
     run("quickstart.py", "--steps", "2", *flags)
     table = capsys.readouterr().out
-    for row in ("teacher", "student before", "cross-entropy only", "distilled"):
-        assert f"| {row} " in table
+    for name in ("teacher", "student", "before distillation", "cross-entropy only"):
+        assert f"│ {name} " in table  # of sizes and speeds
+    assert "95 % interval" in table
     folder = tmp_path / "outputs" / "quickstart"
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert "cross-entropy only" in card.text
+    assert "| before distillation | cross-entropy only |" in card.text
+    assert f'make quickstart ARGS="--steps 2{" --lora" * bool(flags)}"' in card.text
+    assert "| training time (minutes) |" in card.text
     assert str(tmp_path) not in (folder / "README.md").read_text()
     student = AutoModelForCausalLM.from_pretrained(folder)
     assert student.config.num_hidden_layers == 4

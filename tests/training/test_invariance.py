@@ -78,6 +78,12 @@ def sharded(tmp_path_factory):
 def launched(folder, kinds, module, *flags):
     """Start two ranks by `accelerate launch` and read what every kind gave."""
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
+    launch_two_ranks(module, str(folder), json.dumps(settings), json.dumps(kinds), flags=flags)
+    return {name: torch.load(folder / f"{name}.pt") for name in kinds}
+
+
+def launch_two_ranks(module, *arguments, flags=()):
+    """Run a module on two gloo ranks by `accelerate launch`."""
     launch = [
         sys.executable,
         "-m",
@@ -90,9 +96,7 @@ def launched(folder, kinds, module, *flags):
         "1",
     ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    script = ["-m", module, str(folder), json.dumps(settings), json.dumps(kinds)]
-    subprocess.run([*launch, *script], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return {name: torch.load(folder / f"{name}.pt") for name in kinds}
+    subprocess.run([*launch, "-m", module, *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize("name", KINDS)

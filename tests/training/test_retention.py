@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -54,6 +55,26 @@ def test_it_measures_every_so_many_steps_and_at_the_end(tmp_path):
     assert row.baseline is not None
     assert [item.model for item in callback.report.footprints] == ["teacher", "student", "baseline"]
     assert trainer.retention_report is callback.report
+
+
+def test_the_results_are_in_the_saved_state_and_go_to_a_tracker(tmp_path):
+    trainer = make_trainer("kd", tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    callback = RetentionCallback(trainer, benchmarks(), every=2)
+    trainer.add_callback(callback)
+    trainer.train()
+    trainer.save_state()
+
+    for folder in (tmp_path / "checkpoint-2", tmp_path):
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        found = [entry for entry in history if "eval_retention" in entry]
+        assert [entry["step"] for entry in found] == [2] * (1 if folder.name == "checkpoint-2" else 2)
+    assert found[-1]["eval_retention"] == callback.report.mean_retention
+    for item in callback.report.footprints:
+        assert item.parameters > 0
+        assert item.weight_bytes > 0
+        assert item.peak_bytes > item.weight_bytes
+        assert item.tokens_per_second > 0
+    assert [item.model for item in callback.report.footprints] == ["teacher", "student"]
 
 
 def test_training_is_what_it_is_without_it(tmp_path):
@@ -157,7 +178,6 @@ def test_the_card_shows_the_plots_that_stand_beside_it(tmp_path):
     assert {path.name for path in tmp_path.glob("*.svg")} == {"retention.svg", "tradeoff.svg"}
     assert "| before distillation |" in card
     assert "## Size and speed" in card
-    assert "Mean retention" in card
 
 
 def test_without_matplotlib_a_card_has_no_plots(tmp_path, monkeypatch):
