@@ -7,6 +7,7 @@ from hf_distill.evaluation.benchmarks import (
     Perplexity,
     Top1Agreement,
 )
+from hf_distill.evaluation.choices import MultipleChoice
 from hf_distill.evaluation.classification import ClassificationAccuracy, ClassificationF1
 from hf_distill.evaluation.diagnostics import Diagnosis, diagnose, logged_shares
 from hf_distill.evaluation.footprint import Footprint
@@ -31,6 +32,7 @@ __all__ = [
     "KLDivergence",
     "LMEvalTask",
     "MemorizationReport",
+    "MultipleChoice",
     "Perplexity",
     "RetentionReport",
     "RetentionRow",

@@ -54,7 +54,7 @@ def footprint(name: str, model: nn.Module) -> Footprint:
         model: A language model or a classifier, wrapped or not.
     """
     base = unwrap(model)
-    sample = _sample(base)
+    sample = sample_ids(base)
     size = weight_bytes(model)
     return Footprint(
         model=name,
@@ -108,7 +108,7 @@ def _quiet_profiler() -> Iterator[None]:
             del os.environ[PROFILER_LOG_LEVEL]
 
 
-def _sample(base: Any) -> Tensor:
+def sample_ids(base: Any) -> Tensor:
     """Ids `[4, 128]`, or half as long as the model has positions, from a generator of their own."""
     config = base.config.get_text_config()
     length = min(LENGTH, (getattr(config, "max_position_embeddings", None) or 2 * LENGTH) // 2)

@@ -9,7 +9,7 @@ from typing import Any
 from hf_distill.anatomy import unwrap
 from hf_distill.cards import Dataset, DistillationCard, Loss, installed_versions
 from hf_distill.functional import DIVERGENCES
-from hf_distill.objectives import LogitObjective
+from hf_distill.objectives import LogitObjective, Objective
 
 
 # What a card says of an objective in columns of their own.
@@ -47,11 +47,11 @@ def trainer_card(
         "base_model": finetuned_from or base.config.name_or_path or None,
         "student": _kept_layers(base.config),
         "adapter": hasattr(trainer.model, "peft_config"),
-        "losses": _losses(trainer),
+        "losses": losses_of(args, trainer.objectives),
         "datasets": [Dataset(dataset_name)] if dataset_name else [],
         "steps": trainer.state.global_step or None,
         "seed": args.seed,
-        "hyperparameters": _hyperparameters(args),
+        "hyperparameters": hyperparameters_of(args),
         "report": trainer.retention_report,
         "versions": installed_versions(),
         "tags": [tags] if isinstance(tags, str) else list(tags or ()),
@@ -59,9 +59,10 @@ def trainer_card(
     return DistillationCard(**(known | facts))
 
 
-def _losses(trainer: Any) -> list[Loss]:
-    losses = [Loss("cross-entropy", trainer.args.ce_weight)] if trainer.args.ce_weight > 0 else []
-    for objective in trainer.objectives:
+def losses_of(args: Any, objectives: Sequence[Objective]) -> list[Loss]:
+    """The terms of a run's loss, as a card says them."""
+    losses = [Loss("cross-entropy", args.ce_weight)] if args.ce_weight > 0 else []
+    for objective in objectives:
         facts = objective.config()
         weight, settings = facts["weight"], {key: value for key, value in facts.items() if key not in NOT_SETTINGS}
         if isinstance(objective, LogitObjective):
@@ -71,7 +72,8 @@ def _losses(trainer: Any) -> list[Loss]:
     return losses
 
 
-def _hyperparameters(args: Any) -> dict[str, Any]:
+def hyperparameters_of(args: Any) -> dict[str, Any]:
+    """Settings of a run that a card names."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "as loaded"
     return {
