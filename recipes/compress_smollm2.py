@@ -7,6 +7,7 @@ Result:    a folder for each run under outputs/compress, each with its stages an
 
 import argparse
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -37,25 +38,24 @@ items = [
         "choices": [" " + " ".join(row[6:]) for row in ((words, other) if i % 2 else (other, words))],
         "answer": 1 - i % 2,
     }
-    for i, (words, other) in enumerate(zip(halves[:150], halves[1:151], strict=True))
+    for i, (words, other) in enumerate(pairwise(halves[:121]))
 ]
-held_out = Dataset.from_dict({"text": texts["test"][:150]})
+held_out = Dataset.from_dict({"text": texts["test"][:100]})
 benchmarks = [benchmark(held_out) for benchmark in (Perplexity, KLDivergence, Top1Agreement)]
 benchmarks.append(MultipleChoice(Dataset.from_list(items), name="continuation"))
 
 
 def run(name: str, order: str, seed: int = 0, **settings: object) -> CompressReport:
     """One pipeline; stages and measurements that another one has made of the same things are taken from there."""
-    folder = root / f"{name}-{seed}"
-    for made in root.glob("*/1-*" if not folder.exists() and order[0] != "K" else ""):
-        if made.name == f"1-{order[0]}":
-            shutil.copytree(made, folder / made.name, dirs_exist_ok=True)
-            shutil.copy(made.parent / "measured.json", folder)
-            break
+    folder, first = root / f"{name}-{seed}", f"1-{order.split('-')[0]}"
+    made = next(root.glob(f"*/{first}"), None)
+    if made is not None and first != "1-KD" and not folder.exists():
+        shutil.copytree(made, folder / first)
+        shutil.copy(made.parent / "measured.json", folder)
     args = CompressConfig(
         str(folder), order=order, seed=seed, prune={"num_hidden_layers": 22, "intermediate_size": 1152},
         calibration_tokens=8192, model_kwargs={"attn_implementation": "eager"}, teacher_dtype="bfloat16",
-        max_steps=flags.steps, per_device_train_batch_size=4, learning_rate=1e-3, lr_scheduler_type="cosine",
+        max_steps=flags.steps, per_device_train_batch_size=4, learning_rate=5e-4, lr_scheduler_type="cosine",
         warmup_steps=min(5, flags.steps - 1), bf16=True, use_cpu=not torch.cuda.is_available(), logging_steps=10,
         save_steps=20, save_total_limit=1, report_to="none", **settings,
     )  # fmt: skip
@@ -74,9 +74,8 @@ else:
     for seed in range(flags.seeds):
         for name, (ce, kd) in losses.items():
             steps = run(name.replace(" ", ""), "P-KD-Q", seed, ce_weight=ce, kd_weight=kd).rows
-            for label, row in zip(
-                ["before", "pruned", f"pruned + {name}", f"pruned + {name} + int8"], steps, strict=True
-            ):
+            labels = ["before", "pruned", f"pruned + {name}", f"pruned + {name} + int8"]
+            for label, row in zip(labels, steps, strict=True):
                 models.setdefault(label, {})[seed if row.name[0] in "23" else 0] = row
         if flags.adapt_teacher:
             settings = {"ce_weight": 0.0, "kd_weight": 1.0, "adapt_teacher": flags.adapt_teacher}

@@ -65,14 +65,11 @@ def draw_orders(models: Models, folder: Path) -> None:
         return
     from matplotlib.figure import Figure
 
+    measured = {order: statistics.fmean(values_of(rows)["perplexity"]) for order, rows in models.items()}
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     ours, theirs = figure.subplots(1, 2)
     for axes, values, title in [
-        (
-            ours,
-            {order: statistics.fmean(values_of(rows)["perplexity"]) for order, rows in models.items()},
-            "SmolLM2-135M, w4a16",
-        ),
+        (ours, measured, "SmolLM2-135M, w4a16"),
         (theirs, PUBLISHED, "Qwen2.5-3B, NF4 (arXiv:2511.19495)"),
     ]:
         order = sorted(values, key=lambda name: values[name])

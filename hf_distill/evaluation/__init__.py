@@ -16,7 +16,7 @@ from hf_distill.evaluation.harness import LMEvalTask
 from hf_distill.evaluation.memorization import MemorizationReport, audit_memorization
 from hf_distill.evaluation.metrics import load_metric
 from hf_distill.evaluation.report import RetentionReport, RetentionRow
-from hf_distill.evaluation.retention import evaluate_retention
+from hf_distill.evaluation.retention import compare_retention, evaluate_retention
 from hf_distill.evaluation.speed import tokens_per_second
 
 
@@ -39,6 +39,7 @@ __all__ = [
     "Rouge",
     "Top1Agreement",
     "audit_memorization",
+    "compare_retention",
     "diagnose",
     "evaluate_retention",
     "load_metric",

@@ -84,7 +84,7 @@ class CompressConfig(KDConfig):
             raise ValueError(f"`adapt_teacher` is {self.adapt_teacher}, but `order` ({self.order}) has no KD.")
         if self.push_to_hub:
             raise ValueError(
-                "`push_to_hub` would push each stage; push the last with `hf-distill push FOLDER REPO_ID`."
+                "`push_to_hub` would push every stage; push the last by `hf-distill push FOLDER REPO_ID`."
             )
         super().__post_init__()
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from hf_distill.evaluation import Benchmark, MultipleChoice, evaluate_retention, tokens_per_second
+from hf_distill.evaluation import Benchmark, MultipleChoice, RetentionReport, compare_retention, tokens_per_second
 from hf_distill.evaluation.benchmarks import DatasetBenchmark
 from hf_distill.evaluation.footprint import sample_ids
 from hf_distill.evaluation.json_file import read_json, write_json
@@ -22,6 +22,7 @@ from hf_distill.skeletons import skeleton
 
 
 TEACHER, ADAPTED = "teacher", "adapted teacher"
+OWN_NAME = "the teacher itself"  # as a student of its own
 MEASURED = "measured.json"
 WEIGHTS = ("*.safetensors", "*.gguf")
 
@@ -48,7 +49,7 @@ def measure_all(
     root: Path,
     model_kwargs: Mapping[str, Any],
 ) -> list[StageRow]:
-    """Measure every model against the teacher, the first of them, one at a time.
+    """Measure every model against the teacher, the first of them, in one pass over the items.
 
     What was measured by the same benchmarks before is read again.
 
@@ -60,27 +61,33 @@ def measure_all(
         model_kwargs: For `from_pretrained`.
     """
     asked = [_identity(benchmark) for benchmark in benchmarks]
-    teacher: PreTrainedModel | None = None
-    rows = []
-    for name, made in models.items():
-        path = (root if name == TEACHER else Path(made.folder)) / MEASURED
-        key = digest([made.key, models[TEACHER].key, asked])
-        found = read_json(path, "what was measured of a model") if path.is_file() else {}
-        if found.get("key") == key:
-            rows.append(StageRow.from_dict(found["row"]))
-            continue
-        if teacher is None:
-            teacher = load_stage(models[TEACHER].folder, **model_kwargs)
-        model = teacher if name == TEACHER else load_stage(made.folder, **model_kwargs)
-        with preserved_state([model]):
-            speed = tokens_per_second(model, sample_ids(model))
-        report = None
+    keys = {name: digest([made.key, models[TEACHER].key, asked]) for name, made in models.items()}
+    paths = {name: (root if name == TEACHER else Path(made.folder)) / MEASURED for name, made in models.items()}
+    rows = {name: row for name in models if (row := _known(paths[name], keys[name])) is not None}
+    missing = [name for name in models if name not in rows]
+    if missing:
+        # Together they take less memory than training did.
+        loaded = {name: load_stage(models[name].folder, **model_kwargs) for name in dict.fromkeys([TEACHER, *missing])}
+        students = {name: loaded[name] for name in missing}
+        reports: Mapping[str, RetentionReport | None] = dict.fromkeys(missing)
         if benchmarks:
-            report = evaluate_retention(model, teacher, benchmarks, tokenizer, measure_footprints=False)
-        row = StageRow(name, _parameters(made.folder), _weight_bytes(made.folder), speed, report, made.facts)
-        write_json({"key": key, "row": row.to_dict()}, path)
-        rows.append(row)
-    return rows
+            named = {OWN_NAME if name == TEACHER else name: model for name, model in students.items()}
+            found = compare_retention(named, loaded[TEACHER], benchmarks, tokenizer)
+            reports = {TEACHER if name == OWN_NAME else name: report for name, report in found.items()}
+        for name, model in students.items():
+            with preserved_state([model]):
+                speed = tokens_per_second(model, sample_ids(model))
+            made = models[name]
+            size = _parameters(made.folder), _weight_bytes(made.folder)
+            rows[name] = StageRow(name, *size, speed, reports[name], made.facts)
+            write_json({"key": keys[name], "row": rows[name].to_dict()}, paths[name])
+    return [rows[name] for name in models]
+
+
+def _known(path: Path, key: str) -> StageRow | None:
+    """What was measured before of the same model, by the same benchmarks."""
+    found = read_json(path, "what was measured of a model") if path.is_file() else {}
+    return StageRow.from_dict(found["row"]) if found.get("key") == key else None
 
 
 def _identity(benchmark: Benchmark) -> list[str]:

@@ -57,8 +57,7 @@ class Context:
     def load_teacher(self) -> Teacher:
         """The model that teaches."""
         args = self.args
-        options = {"quantization": args.teacher_quantization, "dtype": args.teacher_dtype}
-        return load_teacher(self.teacher, **options, **self.model_kwargs)
+        return load_teacher(self.teacher, args.teacher_quantization, args.teacher_dtype, **self.model_kwargs)
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Write a plain model and the tokenizer."""

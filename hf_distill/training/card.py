@@ -63,7 +63,7 @@ def losses_of(args: Any, objectives: Sequence[Objective]) -> list[Loss]:
     """The terms of a run's loss, as a card says them."""
     losses = [Loss("cross-entropy", args.ce_weight)] if args.ce_weight > 0 else []
     for objective in objectives:
-        facts = objective.config()
+        facts: dict[str, Any] = objective.config()
         weight, settings = facts["weight"], {key: value for key, value in facts.items() if key not in NOT_SETTINGS}
         if isinstance(objective, LogitObjective):
             losses.append(Loss(objective.divergence, weight, settings, DIVERGENCES[objective.divergence].paper))
