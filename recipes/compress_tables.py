@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from hf_distill.evaluation import RetentionReport, RetentionRow
 from hf_distill.evaluation.json_file import write_json
-from hf_distill.evaluation.tables import markdown_table
+from hf_distill.evaluation.tables import format_interval, markdown_table
 from hf_distill.pipelines import StageRow
 
 
 Models = Mapping[str, Sequence[StageRow]]
+Reports = Mapping[str, Sequence[RetentionReport]]
 # Order of the study of arXiv:2511.19495 (Qwen2.5-3B, NF4, one seed): perplexity.
 PUBLISHED = {
     "P-KD-Q": 5.05,
@@ -22,50 +24,57 @@ PUBLISHED = {
 }
 
 
-def values_of(rows: Sequence[StageRow]) -> dict[str, list[float]]:
+def values_of(reports: Sequence[RetentionReport]) -> dict[str, list[float]]:
     """The values of each benchmark over seeds."""
     return {
-        entry.benchmark: [
-            found.student for row in rows for found in row.report.rows if found.benchmark == entry.benchmark
-        ]
-        for entry in rows[0].report.rows
+        name: [row.student for report in reports for row in report.rows if row.benchmark == name]
+        for name in (row.benchmark for row in reports[0].rows)
     }
 
 
 def print_table(models: Models) -> None:
-    """Print one row a model."""
-    names = list(values_of(next(iter(models.values()))))
-    table = [
-        [label, *map(_spread, values_of(rows).values()), *_kept(rows), *_size(rows)] for label, rows in models.items()
+    """Print one row a model of a pipeline, with its size."""
+    print_reports(_reports(models), {label: _size(rows[0]) for label, rows in models.items()})
+
+
+def print_reports(reports: Reports, sizes: Mapping[str, Sequence[object]] | None = None) -> None:
+    """Print means and standard deviations over seeds, and how much of the teacher's choices is kept."""
+    columns = ["model", "seeds", *values_of(next(iter(reports.values()))), "choices kept", "95 %, first seed"]
+    cells = [
+        [label, len(found), *map(_spread, values_of(found).values()), *_kept(found), *(sizes or {}).get(label, ())]
+        for label, found in reports.items()
     ]
-    print(
-        markdown_table(
-            ["model", *names, "continuation kept", "95 % interval, first seed", "M", "MB", "tokens/s"], table
-        )
-    )
+    print(markdown_table([*columns, *(("M", "MB", "tokens/s") if sizes else ())], cells))
 
 
 def save(models: Models, path: Path) -> None:
-    """Write what is in the table, and each seed's values."""
-    write_json(
-        {
-            label: {"values": values_of(rows), "rows": [row.to_dict() | {"facts": {}} for row in rows]}
-            for label, rows in models.items()
-        },
-        path,
-    )
+    """Write every seed's values and the sizes."""
+    save_reports(_reports(models), path, {label: list(_size(rows[0])) for label, rows in models.items()})
+
+
+def save_reports(reports: Reports, path: Path, sizes: Mapping[str, object] | None = None) -> None:
+    """Write every seed's values, and the retention of the choices with its interval."""
+    found = {
+        label: {
+            "values": values_of(each),
+            "choices kept": [[row.retention, row.ci_low, row.ci_high] for row in map(_choices, each)],
+        }
+        for label, each in reports.items()
+    }
+    write_json({"models": found, "parameters (M), MB, tokens/s": sizes or {}}, path)
 
 
 def draw_orders(models: Models, folder: Path) -> None:
     """Draw perplexity by order beside the published one, where matplotlib is."""
-    for order, rows in models.items():
-        print(f"{order}: perplexity {_spread(values_of(rows)['perplexity'])}, published {PUBLISHED[order]}")
+    reports = _reports(models)
+    for order in models:
+        print(f"{order}: perplexity {_spread(values_of(reports[order])['perplexity'])}, published {PUBLISHED[order]}")
     if find_spec("matplotlib") is None:
         print("No plot: matplotlib is not installed.")
         return
     from matplotlib.figure import Figure
 
-    measured = {order: statistics.fmean(values_of(rows)["perplexity"]) for order, rows in models.items()}
+    measured = {order: statistics.fmean(values_of(each)["perplexity"]) for order, each in reports.items()}
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     ours, theirs = figure.subplots(1, 2)
     for axes, values, title in [
@@ -83,12 +92,19 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean:.4g} ± {statistics.stdev(values):.2g}" if len(values) > 1 else f"{mean:.4g}"
 
 
-def _kept(rows: Sequence[StageRow]) -> list[str]:
-    found = [next(entry for entry in row.report.rows if entry.benchmark == "continuation") for row in rows]
-    first = found[0]
-    interval = "" if first.ci_low is None else f"{first.ci_low:.1%} to {first.ci_high:.1%}"
-    return [_spread([entry.retention for entry in found]), interval]
+def _reports(models: Models) -> Reports:
+    return {label: [row.report for row in rows if row.report is not None] for label, rows in models.items()}
 
 
-def _size(rows: Sequence[StageRow]) -> list[object]:
-    return [rows[0].parameters / 1e6, rows[0].weight_bytes / 1e6, round(rows[0].tokens_per_second)]
+def _choices(report: RetentionReport) -> RetentionRow:
+    return next(row for row in report.rows if row.benchmark == "continuation")
+
+
+def _kept(reports: Sequence[RetentionReport]) -> list[str]:
+    found = [_choices(report) for report in reports]
+    return [_spread([row.retention for row in found]), format_interval(found[0].ci_low, found[0].ci_high)]
+
+
+def _size(row: StageRow) -> list[object]:
+    size = None if row.weight_bytes is None else row.weight_bytes / 1e6
+    return [row.parameters / 1e6, size, round(row.tokens_per_second)]
