@@ -24,7 +24,7 @@ PUBLISHED = {
 }
 
 
-def values_of(reports: Sequence[RetentionReport]) -> dict[str, list[float]]:
+def values_of(reports: Sequence[RetentionReport]) -> dict[str, list[float | None]]:
     """The values of each benchmark over seeds."""
     return {
         name: [row.student for report in reports for row in report.rows if row.benchmark == name]
@@ -87,7 +87,10 @@ def draw_orders(models: Models, folder: Path) -> None:
     figure.savefig(folder / "orders.png", dpi=150)
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float | None]) -> str:
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""  # a teacher that is no better than chance
     mean = statistics.fmean(values)
     return f"{mean:.4g} ± {statistics.stdev(values):.2g}" if len(values) > 1 else f"{mean:.4g}"
 
