@@ -82,10 +82,11 @@ def compress(
     tokenizer = tokenizer or load_tokenizer(name)
     check_plan(config, args, tokenizer, name)
     rows = rows_of(dataset, config, tokenizer, args.max_length)
-    stages = _stages(name, args, model_digest(name, config), dataset_digest(rows))
+    digest = model_digest(name, config)
+    stages = _stages(args, digest, dataset_digest(rows))
     for stage, _ in stages:
         stage.check()
-    models = {TEACHER: Made(name, model_digest(name, config))}
+    models = {TEACHER: Made(name, digest)}
     context, source = Context(args, rows, tokenizer, name), name
     for stage, action in stages:
         adapts = action is adapt_step
@@ -102,7 +103,7 @@ def compress(
     return report
 
 
-def _stages(teacher: str, args: CompressConfig, model: str, data: str) -> list[tuple[Stage, Action]]:
+def _stages(args: CompressConfig, model: str, data: str) -> list[tuple[Stage, Action]]:
     """The stages with what each is made of."""
     root = Path(args.output_dir)
     training = args.training_settings() | {"data": data, "teacher": model, "model_kwargs": args.model_kwargs}
@@ -131,9 +132,7 @@ def _card(report: CompressReport, args: CompressConfig, teacher: str, task: str)
         if row.name != ADAPTED:
             facts |= row.facts
     trained = "steps" in facts
-    how = [
-        f"{row.name.split('-')[1]}: {WORDS[row.name.split('-')[1]]}" for row in report.rows if row.name[0].isdigit()
-    ]
+    how = [f"{step}: {WORDS[step]}" for step in args.steps]
     cut = facts.get("prune")
     sizes = "" if cut is None else f"; {cut['parameters_after'] / cut['parameters_before']:.1%} of its parameters"
     return DistillationCard(

@@ -83,7 +83,11 @@ def test_a_rehearsal_runs_the_whole_recipe(recipe, run, tmp_path, capsys):
     assert ModelCard.load(tmp_path / "student" / "README.md").data.tags
 
 
-@pytest.mark.parametrize("flags", [["--adapt_teacher", "2"], ["--orders", "all"]], ids=["losses", "orders"])
+@pytest.mark.parametrize(
+    "flags",
+    [["--adapt_teacher", "2"], pytest.param(["--orders", "all"], marks=pytest.mark.slow)],
+    ids=["losses", "orders"],
+)
 def test_the_compression_ends_with_a_table_of_every_stage(flags, run, small_assets, tmp_path, capsys):
     run("compress_smollm2.py", "--steps", "2", "--output_dir", str(tmp_path / "out"), *flags)
     table = capsys.readouterr().out
