@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_distill.cli import audit, cache, card, diagnose, evaluate, plan, push, train
+from hf_distill.cli import audit, cache, card, compress, diagnose, evaluate, plan, push, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser("hf-distill", description="Knowledge distillation for Trainer and TRL.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, cache, plan, evaluate, diagnose, audit, card, push):
+    for command in (train, compress, cache, plan, evaluate, diagnose, audit, card, push):
         command.add_to(commands)
     options, flags = parser.parse_known_args(arguments)
     if getattr(options, "takes_flags", False):

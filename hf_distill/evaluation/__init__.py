@@ -7,6 +7,7 @@ from hf_distill.evaluation.benchmarks import (
     Perplexity,
     Top1Agreement,
 )
+from hf_distill.evaluation.choices import MultipleChoice
 from hf_distill.evaluation.classification import ClassificationAccuracy, ClassificationF1
 from hf_distill.evaluation.diagnostics import Diagnosis, diagnose, logged_shares
 from hf_distill.evaluation.footprint import Footprint
@@ -15,7 +16,7 @@ from hf_distill.evaluation.harness import LMEvalTask
 from hf_distill.evaluation.memorization import MemorizationReport, audit_memorization
 from hf_distill.evaluation.metrics import load_metric
 from hf_distill.evaluation.report import RetentionReport, RetentionRow
-from hf_distill.evaluation.retention import evaluate_retention
+from hf_distill.evaluation.retention import compare_retention, evaluate_retention
 from hf_distill.evaluation.speed import tokens_per_second
 
 
@@ -31,12 +32,14 @@ __all__ = [
     "KLDivergence",
     "LMEvalTask",
     "MemorizationReport",
+    "MultipleChoice",
     "Perplexity",
     "RetentionReport",
     "RetentionRow",
     "Rouge",
     "Top1Agreement",
     "audit_memorization",
+    "compare_retention",
     "diagnose",
     "evaluate_retention",
     "load_metric",

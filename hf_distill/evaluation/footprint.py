@@ -61,8 +61,8 @@ def footprint(name: str, model: nn.Module, speed: float | None = None) -> Footpr
             model=name,
             parameters=_count_parameters(base, model),
             weight_bytes=size,
-            tokens_per_second=tokens_per_second(model, _sample(base)) if speed is None else speed,
-            peak_bytes=size + peak_bytes(model, _sample(base)),
+            tokens_per_second=tokens_per_second(model, sample_ids(base)) if speed is None else speed,
+            peak_bytes=size + peak_bytes(model, sample_ids(base)),
             dtype=str(base.dtype).removeprefix("torch."),
             device=_device_name(base.device),
         )
@@ -71,7 +71,7 @@ def footprint(name: str, model: nn.Module, speed: float | None = None) -> Footpr
 def speed_once(model: nn.Module) -> float:
     """Tokens per second of one pass, after one that is not timed."""
     with _as_saved(model):
-        return tokens_per_second(model, _sample(unwrap(model)), repeats=1)
+        return tokens_per_second(model, sample_ids(unwrap(model)), repeats=1)
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def _quiet_profiler() -> Iterator[None]:
             del os.environ[PROFILER_LOG_LEVEL]
 
 
-def _sample(base: Any) -> Tensor:
+def sample_ids(base: Any) -> Tensor:
     """Ids `[4, 128]`, or half as long as the model has positions, from a generator of their own."""
     config = base.config.get_text_config()
     length = min(LENGTH, (getattr(config, "max_position_embeddings", None) or 2 * LENGTH) // 2)

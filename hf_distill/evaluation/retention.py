@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_distill.evaluation.benchmarks import Benchmark
-from hf_distill.evaluation.bootstrap import interval, resampled_means, retention
+from hf_distill.evaluation.bootstrap import ItemScores, interval, resampled_means, retention
 from hf_distill.evaluation.footprint import Footprint, footprint, speed_once
 from hf_distill.evaluation.report import BASELINE, RetentionReport, RetentionRow
 from hf_distill.evaluation.scoring import STUDENT, TEACHER, Lineup, module_of, preserved_state
@@ -67,8 +67,49 @@ def evaluate_retention(
     for benchmark in benchmarks:
         benchmark.check(lineup)
     with preserved_state(lineup.models.values()):
-        measured = [_measure(benchmark, lineup) for benchmark in benchmarks]
+        measured = [_measure(benchmark, lineup, benchmark.score(lineup)) for benchmark in benchmarks]
         footprints = _footprints(lineup) if measure_footprints else ()
+    return _report(measured, footprints)
+
+
+def compare_retention(
+    students: Mapping[str, Any],
+    teacher: Any,
+    benchmarks: Sequence[Benchmark],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, RetentionReport]:
+    """Measure several students against one teacher, which runs once; see `evaluate_retention`.
+
+    Args:
+        students: By name.
+        teacher: As for `evaluate_retention`.
+        benchmarks: The same.
+        tokenizer: The same.
+
+    Returns:
+        A report for each student, with intervals and without footprints.
+    """
+    _check_benchmarks(benchmarks)
+    lineup = Lineup({TEACHER: teacher} | _baselines(students), tokenizer)
+    for benchmark in benchmarks:
+        benchmark.check(lineup)
+    with preserved_state(lineup.models.values()):
+        scores = [(benchmark, benchmark.score(lineup)) for benchmark in benchmarks]
+        return {
+            name: _report(
+                [
+                    _measure(benchmark, lineup, {STUDENT: found[name], TEACHER: found[TEACHER]})
+                    for benchmark, found in scores
+                ]
+            )
+            for name in students
+        }
+
+
+def _report(
+    measured: Sequence[tuple[RetentionRow, np.ndarray]], footprints: tuple[Footprint, ...] = ()
+) -> RetentionReport:
+    """All rows, and the interval of the mean retention."""
     kept = [(row, replicates) for row, replicates in measured if row.retention is not None]
     low, high = None, None
     if kept and all(row.ci_low is not None for row, _ in kept):
@@ -102,9 +143,10 @@ def _baselines(baseline: Any) -> dict[str, Any]:
     return dict(baseline)
 
 
-def _measure(benchmark: Benchmark, lineup: Lineup) -> tuple[RetentionRow, np.ndarray]:
+def _measure(
+    benchmark: Benchmark, lineup: Lineup, scores: Mapping[str, ItemScores]
+) -> tuple[RetentionRow, np.ndarray]:
     """One row, and the bootstrap replicates of its retention."""
-    scores = benchmark.score(lineup)
     values = {role: _finite(benchmark, role, benchmark.value(item.mean())) for role, item in scores.items()}
     student, teacher, chance = values[STUDENT], values[TEACHER], benchmark.chance(lineup)
     baselines = {role: value for role, value in values.items() if role not in (STUDENT, TEACHER)}

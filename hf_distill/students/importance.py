@@ -22,7 +22,9 @@ GRADIENT_METHODS = ("taylor", "fisher")
 CHANNEL_METHODS = ("activation", *GRADIENT_METHODS, "weight")
 METHODS = dict.fromkeys(("mlp", "heads", "hidden"), CHANNEL_METHODS) | {"layers": ("block_influence", "leave_one_out")}
 LOSS_METHODS = (*GRADIENT_METHODS, "leave_one_out")
-DEFAULT = {"mlp": "activation", "heads": "activation", "hidden": "activation", "layers": "block_influence"}
+# Of SmolLM2-135M, 9 heads cut to 6 without training: perplexity 175 and 186 by fisher, 182 and 221 by taylor, 963 and
+# 1172 by activation, 235 and 424 at random. For neurons the three are alike, and activation needs no backward pass.
+DEFAULT = {"mlp": "activation", "heads": "fisher", "hidden": "activation", "layers": "block_influence"}
 # Nats per token: a student this near to its teacher is its teacher, and the rest is rounding.
 SAME_MODEL = 1e-6
 
@@ -42,7 +44,8 @@ def estimate_importance(
 
     - `activation`: the mean of |a| over the tokens of a sequence, squares of it added up over sequences, as Minitron
       (arXiv 2407.14679). a is what enters the down projection, what enters the output projection (channels of a head
-      by their L2 norm), or what leaves the norms (added up over norms). For heads the next two were far better.
+      by their L2 norm), or what leaves the norms (added up over norms). For heads the next two were far better, and
+      `fisher` is their default: it needs a backward pass, which other kinds do not.
     - `taylor`: |sum of a * dL/da| of each sequence, the mean over sequences, with the true gradient of the loss
       (arXiv 1906.10771). `fisher`: its square instead (arXiv 2204.09656).
     - `weight`: the L2 norm of the unit's weights, no text needed: what `prune` takes without scores.

@@ -75,7 +75,7 @@ def _path(config: PreTrainedConfig, spec: PruneSpec, steps: int) -> list[tuple[P
             keep = len(dropped) - (describe(model).num_layers - target.depth)
             step, dropped = replace(step, drop_layers=tuple(dropped[keep:]) or None), dropped[:keep]
         if target != _target(model):
-            size, model = _size(model), _cut(model, target)
+            size, model = _size(model), resized(model, target)
             path.append((step, _size(model) / size))
     return path
 
@@ -120,7 +120,7 @@ def _target(model: PreTrainedModel) -> Target:
     return Target(describe(model).num_layers, Widths.of(model.config, family_of(model)))
 
 
-def _cut(model: PreTrainedModel, target: Target) -> PreTrainedModel:
+def resized(model: PreTrainedModel, target: Target) -> PreTrainedModel:
     """The model of another size, without weights; which layers stay does not matter here."""
     config = config_of_depth(describe(model), list(range(target.depth)))
     return skeleton(config_of_widths(config, family_of(model), target.widths))

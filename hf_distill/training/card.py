@@ -12,7 +12,7 @@ from hf_distill.anatomy import unwrap
 from hf_distill.cards import Dataset, DistillationCard, Loss, draw_plots, installed_versions, write_card
 from hf_distill.evaluation import RetentionReport
 from hf_distill.functional import DIVERGENCES
-from hf_distill.objectives import LogitObjective
+from hf_distill.objectives import LogitObjective, Objective
 
 
 if TYPE_CHECKING:
@@ -107,6 +107,10 @@ def trainer_card(
     distillation = getattr(trainer, "_distillation", trainer)
     teacher = distillation.teacher.config_for_card()
     quantization = teacher.get("quantization")
+    if distillation is trainer:
+        losses = losses_of(args.ce_weight, trainer.objectives)
+    else:
+        losses = losses_of(1.0, distillation.objectives, f"the loss of {type(trainer).__name__}")
     known: dict[str, Any] = {
         "name": model_name or Path(args.output_dir).name,
         "teacher": teacher.get("name") or f"a {teacher['architecture']}",
@@ -116,11 +120,11 @@ def trainer_card(
         "base_model": finetuned_from or base.config.name_or_path or None,
         "student": _kept_layers(base.config),
         "adapter": hasattr(trainer.model, "peft_config"),
-        "losses": _losses(trainer),
+        "losses": losses,
         "datasets": [Dataset(dataset_name)] if dataset_name else [],
         "steps": trainer.state.global_step or None,
         "seed": args.seed,
-        "hyperparameters": _hyperparameters(args) | _duration(trainer),
+        "hyperparameters": hyperparameters_of(args) | _duration(trainer),
         "report": trainer.retention_report,
         "versions": installed_versions(),
         "tags": [tags] if isinstance(tags, str) else list(tags or ()),
@@ -128,14 +132,17 @@ def trainer_card(
     return DistillationCard(**(known | facts))
 
 
-def _losses(trainer: Any) -> list[Loss]:
-    distillation = getattr(trainer, "_distillation", trainer)
-    if distillation is trainer:
-        losses = [Loss("cross-entropy", trainer.args.ce_weight)] if trainer.args.ce_weight > 0 else []
-    else:
-        losses = [Loss(f"the loss of {type(trainer).__name__}", 1.0)]
-    for objective in distillation.objectives:
-        facts = objective.config()
+def losses_of(own: float, objectives: Sequence[Objective], name: str = "cross-entropy") -> list[Loss]:
+    """The terms of a run's loss, as a card says them.
+
+    Args:
+        own: Weight of the trainer's own loss; left out at 0.
+        objectives: The terms beside it.
+        name: What the trainer's own loss is called.
+    """
+    losses = [Loss(name, own)] if own > 0 else []
+    for objective in objectives:
+        facts: dict[str, Any] = objective.config()
         weight, settings = facts["weight"], {key: value for key, value in facts.items() if key not in NOT_SETTINGS}
         if isinstance(objective, LogitObjective):
             losses.append(Loss(objective.divergence, weight, settings, DIVERGENCES[objective.divergence].paper))
@@ -144,7 +151,8 @@ def _losses(trainer: Any) -> list[Loss]:
     return losses
 
 
-def _hyperparameters(args: Any) -> dict[str, Any]:
+def hyperparameters_of(args: Any) -> dict[str, Any]:
+    """Settings of a run that a card names."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "as loaded"
     return {

@@ -84,3 +84,18 @@ def test_a_rehearsal_runs_the_whole_recipe(recipe, run, tmp_path, capsys):
         assert "70.55" in output
         assert "Memory per rank" in output
     assert ModelCard.load(tmp_path / "student" / "README.md").data.tags
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--adapt_teacher", "2"], pytest.param(["--orders", "all"], marks=pytest.mark.slow)],
+    ids=["losses", "orders"],
+)
+def test_the_compression_ends_with_a_table_of_every_stage(flags, run, small_assets, tmp_path, capsys):
+    run("compress_smollm2.py", "--steps", "2", "--output_dir", str(tmp_path / "out"), *flags)
+    table = capsys.readouterr().out
+    models = ["before", "pruned", "pruned + CE", "pruned + KD", "pruned + CE + KD + int8", "adapted teacher"]
+    for row in models if "--orders" not in flags else ["P-KD-Q", "Q-KD-P", "KD-P-Q"]:
+        assert f"| {row} " in table
+    card = ModelCard.load(next((tmp_path / "out").glob("*-0/3-*")) / "README.md")
+    assert "| 1-" in card.text

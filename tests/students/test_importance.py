@@ -248,7 +248,7 @@ UNLABELLED = {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[-100
         ("llama", {"data": []}, "gave no token"),
         ("llama", {"methods": {"mlp": "taylor"}, "data": [UNLABELLED]}, "no label"),
         ("llama", {"methods": {"layers": "leave_one_out"}, "data": [UNLABELLED]}, "no label"),
-        ("llama", {"teacher": tiny.model("llama")}, "`teacher` would be ignored"),
+        ("llama", {"methods": {"mlp": "activation"}, "teacher": tiny.model("llama")}, "`teacher` would be ignored"),
         ("llama", {"methods": {"mlp": "taylor"}, "teacher": tiny.model("bert")}, "masked_lm model and `model`"),
     ],
 )

@@ -1,0 +1,144 @@
+"""What is refused before any weight is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from pyarrow.types import is_large_list, is_list
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from hf_distill.anatomy import task_of
+from hf_distill.evaluation.rows import check_dataset, tokenize
+from hf_distill.pipelines.arguments import PRUNE, QUANTIZE, CompressConfig
+from hf_distill.quantization import quantization_of
+from hf_distill.skeletons import skeleton
+from hf_distill.students.quantizers import resolve_quantizer
+from hf_distill.students.resolve import target_of
+from hf_distill.students.steps import resized
+
+
+# Bytes of a weight file that its digest reads: the header, and pieces from all over the file.
+HEAD, PIECE, PIECES = 2**20, 2**12, 1024
+
+
+def check_teacher(teacher: Any) -> str:
+    """Return the name or folder of the model that is compressed.
+
+    Raises:
+        ValueError: It is a model in memory, or the folder of an adapter.
+    """
+    if isinstance(teacher, nn.Module):
+        merge = "model = model.merge_and_unload(); " if hasattr(teacher, "peft_config") else ""
+        raise ValueError(
+            f"`teacher` is a {type(teacher).__name__}; a pipeline goes from folder to folder: "
+            f"`{merge}model.save_pretrained(folder)`, and give the folder."
+        )
+    if not isinstance(teacher, str | os.PathLike):
+        raise ValueError(f"`teacher` is {teacher!r}; expected the name or the folder of a model.")
+    if (Path(teacher) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"`teacher` is {str(teacher)!r}, which holds a LoRA adapter; merge it first: "
+            "`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(merged)`."
+        )
+    return os.fspath(teacher)
+
+
+def check_plan(
+    config: PreTrainedConfig, args: CompressConfig, tokenizer: PreTrainedTokenizerBase | None, teacher: str
+) -> None:
+    """Go through the steps with models that have no weights.
+
+    Raises:
+        ValueError: The model is quantised already, its family has no adapter, the spec cannot be met, or the format
+            cannot hold what is left.
+        ImportError: The package of the format is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("A pipeline runs in one process; start it without `accelerate launch` or `torchrun`.")
+    found = quantization_of(config)
+    if found is not None:
+        raise ValueError(
+            f"`teacher` is {teacher!r}, which is quantised already ({found}): it can neither be cut nor be rounded "
+            "again; give the model that it was made of. `teacher_quantization` quantises a teacher while it teaches."
+        )
+    task_of(config)
+    model = skeleton(config)
+    for step in args.steps:
+        if step == PRUNE:
+            model = resized(model, target_of(args.spec, model))
+        if step == QUANTIZE:
+            resolve_quantizer(args.quantization, args.group_size)
+    if QUANTIZE in args.steps:
+        resolve_quantizer(args.quantization, args.group_size).check(model, tokenizer)
+
+
+def rows_of(dataset: Any, config: PreTrainedConfig, tokenizer: Any, max_length: int | None) -> Dataset:
+    """The training rows as token ids and labels.
+
+    Raises:
+        ValueError: The dataset has neither text nor ids, or there is no tokenizer for its text.
+    """
+    check_dataset(dataset)
+    if {"input_ids", "labels"} <= set(dataset.column_names) and max_length is None:
+        return dataset.select_columns(["input_ids", "labels"])
+    return Dataset.from_list([dict(row) for row in tokenize(dataset, task_of(config), tokenizer, max_length)])
+
+
+def load_config(teacher: str) -> PreTrainedConfig:
+    """The config of a model by name.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(teacher)
+    except OSError as error:
+        raise ValueError(f"`teacher` is {teacher!r}, which could not be read: {error}") from None
+
+
+def load_tokenizer(teacher: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model by name; None where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(teacher)
+    except (OSError, ValueError):
+        return None
+
+
+def model_digest(teacher: str, config: PreTrainedConfig) -> str:
+    """Tells a model from another: by its commit on the Hub, or by its config and pieces of its weight files.
+
+    It is no proof that two models are equal.
+    """
+    folder = Path(teacher)
+    found = hashlib.blake2b(digest_size=16)
+    if not folder.is_dir():
+        found.update(f"{teacher} {getattr(config, '_commit_hash', None)}".encode())
+        return found.hexdigest()
+    found.update((folder / "config.json").read_bytes())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            found.update(opened.read(HEAD))
+            for start in range(HEAD, size, max(PIECE, (size - HEAD) // PIECES)):
+                opened.seek(start)
+                found.update(opened.read(PIECE))
+    return found.hexdigest()
+
+
+def dataset_digest(dataset: Dataset) -> str:
+    """Tells rows from other rows, by their content."""
+    found = hashlib.blake2b(digest_size=16)
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        for name in sorted(batch.column_names):
+            column = batch.column(name).combine_chunks()
+            if is_list(column.type) or is_large_list(column.type):
+                found.update(column.value_lengths().to_numpy().tobytes())
+                column = column.flatten()
+            found.update(f"{name} {column.type}".encode() + column.to_numpy(zero_copy_only=False).tobytes())
+    return found.hexdigest()

@@ -1,0 +1,114 @@
+"""What a compression did and what is left after every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_distill.cards import Table
+from hf_distill.evaluation import RetentionReport
+from hf_distill.evaluation.json_file import read_json, write_json
+from hf_distill.evaluation.tables import format_interval, format_share, markdown_table
+
+
+CAPTION = (
+    "Size: the weight files. tokens/s: forward passes over 4 rows of up to 128 tokens on the machine that made the "
+    "models. Retention: the mean over the benchmarks that have one, with its 95 % interval, against the first row."
+)
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A model of the pipeline. What was not measured is None.
+
+    Args:
+        name: "teacher", "adapted teacher", or the stage: "1-P".
+        parameters: A tied head once, quantised ones as one each.
+        weight_bytes: Bytes of the weight files; None for a teacher on the Hub.
+        tokens_per_second: Read in forward passes.
+        report: Retention against the teacher.
+        facts: What the stage said of itself: what was cut, trained, rounded.
+    """
+
+    name: str
+    parameters: int
+    weight_bytes: int | None
+    tokens_per_second: float
+    report: RetentionReport | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `from_dict` reads it back."""
+        fields = {name: getattr(self, name) for name in ("name", "parameters", "weight_bytes", "tokens_per_second")}
+        report = None if self.report is None else self.report.to_dict()
+        return fields | {"report": report, "facts": dict(self.facts)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StageRow:
+        """The row that `to_dict` described."""
+        report = None if data["report"] is None else RetentionReport.from_dict(data["report"])
+        return cls(**{**data, "report": report})
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """All models of a pipeline, the teacher first.
+
+    Args:
+        order: Of the steps.
+        rows: One for each model.
+        final: Name of the last stage's folder.
+    """
+
+    order: str
+    rows: tuple[StageRow, ...]
+    final: str
+
+    @property
+    def report(self) -> RetentionReport | None:
+        """Retention of the last model."""
+        return self.rows[-1].report
+
+    def table(self) -> Table:
+        """Perplexity and the other benchmarks, retention, size and speed after every stage."""
+        measured = self.report.rows if self.report else ()
+        columns = ["model", *(row.benchmark for row in measured), "retention", "95 % interval"]
+        return Table(
+            [*columns, "parameters (M)", "size (MB)", "tokens/s"], [_cells(row) for row in self.rows], CAPTION
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `from_dict` reads it back."""
+        return asdict(self) | {"rows": [row.to_dict() for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CompressReport:
+        """The report that `to_dict` described."""
+        return cls(data["order"], tuple(StageRow.from_dict(row) for row in data["rows"]), data["final"])
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON; an interrupted write leaves an older file whole."""
+        write_json(self.to_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CompressReport:
+        """Read what `save` wrote."""
+        return cls.from_dict(read_json(path, "the report of a compression"))
+
+    def __str__(self) -> str:
+        table = self.table()
+        return f"{markdown_table(table.columns, table.rows)}\n\n{CAPTION}"
+
+
+def _cells(row: StageRow) -> list[object]:
+    report = row.report
+    values: list[object] = []
+    if report is not None:
+        bounds = format_interval(report.mean_ci_low, report.mean_ci_high)
+        values = [*(entry.student for entry in report.rows), format_share(report.mean_retention), bounds]
+    else:
+        values = [None, None]
+    size = None if row.weight_bytes is None else row.weight_bytes / 1e6
+    return [row.name, *values, row.parameters / 1e6, size, round(row.tokens_per_second)]

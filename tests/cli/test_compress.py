@@ -1,0 +1,47 @@
+"""`hf-distill compress` from flags and from a YAML file."""
+
+import json
+
+import pytest
+import yaml
+
+from hf_distill.cli.main import main
+from tests import tiny
+
+
+@pytest.fixture
+def given(tmp_path):
+    """Flags by name."""
+    sizes = {"hidden_size": 64, "intermediate_size": 256}
+    tiny.model("llama", **sizes).save_pretrained(tmp_path / "teacher")
+    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    tiny.text_dataset(8).to_json(tmp_path / "texts.jsonl")
+    return {
+        "teacher_model_name_or_path": str(tmp_path / "teacher"),
+        "dataset_name": str(tmp_path / "texts.jsonl"),
+        "eval_dataset": str(tmp_path / "texts.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "prune": {"intermediate_size": 128},
+        **{"max_steps": 2, "report_to": "none", "bf16": False, "use_cpu": True},
+    }
+
+
+def test_flags_and_yaml_make_the_same_stages(given, tmp_path, capsys):
+    flags = [part for name, value in given.items() if name != "prune" for part in (f"--{name}", str(value))]
+    assert main(["compress", *flags, "--prune", json.dumps(given["prune"])]) == 0
+    assert "| 3-Q " in capsys.readouterr().out
+    made = (tmp_path / "out" / "2-KD" / "model.safetensors").stat().st_mtime_ns
+    evaluated = given.pop("eval_dataset")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
+    assert main(["compress", "--config", str(tmp_path / "run.yaml"), "--eval_dataset", evaluated]) == 0
+    assert (tmp_path / "out" / "2-KD" / "model.safetensors").stat().st_mtime_ns == made
+    report = json.loads((tmp_path / "out" / "compress.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["teacher", "1-P", "2-KD", "3-Q"]
+
+
+def test_what_is_wrong_is_said_in_a_line(given, capsys):
+    assert main(["compress", "--dataset_name", "data"]) == 2
+    assert "--teacher_model_name_or_path` is missing" in capsys.readouterr().err
+    flags = ["--teacher_model_name_or_path", "t", "--dataset_name", "d", "--output_dir", "o", "--order", "P-P"]
+    assert main(["compress", *flags]) == 2
+    assert "`order` is 'P-P'" in capsys.readouterr().err
