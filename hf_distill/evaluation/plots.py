@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg")
 # A fixed salt and no date: the same report gives the same bytes.
-STYLE = {"svg.hashsalt": "hf_distill", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {"svg.hashsalt": "hf_distill", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 STUDENT_COLOR, TEACHER_COLOR, OTHER_COLORS = "#1f6fb4", "#444444", ("#c9c9c9", "#e3b778", "#9cbf9a", "#c6a3c9")
 
 

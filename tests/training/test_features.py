@@ -228,7 +228,7 @@ def test_the_card_says_which_layers_were_compared(tmp_path):
     trainer.create_model_card(dataset_name="tiny")
     card = (tmp_path / "README.md").read_text()
     assert "hidden" in card
-    assert "[(1, 2)]" in card
+    assert "[[1, 2]]" in card
 
 
 def test_flags_build_the_objective_that_they_name():
