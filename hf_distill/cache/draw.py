@@ -63,13 +63,9 @@ def pack_counts(counts: np.ndarray, draws: int) -> np.ndarray:
 
 
 def unpack_counts(packed: np.ndarray, draws: int, drawn: np.ndarray) -> np.ndarray:
-    """What `pack_counts` packed, int32; `drawn` `[M, K]` bool says in which slots it is not 0."""
-    bits = np.unpackbits(packed, axis=1, count=draws, bitorder="little")
-    ends = np.flatnonzero(bits.view(bool))
-    sizes: np.ndarray = np.diff(ends, prepend=-1)
-    rows: np.ndarray = ends // draws
-    begins = np.flatnonzero(np.diff(rows, prepend=-1))  # the first slot of a token begins with its draws
-    sizes[begins] = ends[begins] - rows[begins] * draws + 1
-    counts: np.ndarray = np.zeros(drawn.shape, dtype=np.int32)
-    counts.reshape(-1)[np.flatnonzero(drawn)] = sizes
+    """What `pack_counts` packed, float32; `drawn` `[M, K]` bool says in which slots it is not 0."""
+    known = packed[packed.any(axis=1)]  # the others were not drawn for; these end with a 1
+    ends = np.flatnonzero(np.unpackbits(known, axis=1, count=draws, bitorder="little").view(bool))
+    counts: np.ndarray = np.zeros(drawn.shape, dtype=np.float32)
+    counts[drawn] = np.diff(ends, prepend=-1)
     return counts

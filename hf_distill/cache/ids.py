@@ -12,6 +12,7 @@ of each id.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ _MAX_WIDTH = 15
 MAX_PAYLOAD_BITS = 10
 # Sets that are coded at a time: what is made of them on the way stays in the processor's caches.
 _PACKED_AT_ONCE = 4096
-_IDS_READ_AT_ONCE = 2**16
+_IDS_READ_AT_ONCE = 2**15
 _ALL = np.uint32(2**32 - 1)
 
 
@@ -107,31 +108,32 @@ class SetReader:
         begin *= 8
         full = len(ones) == ids.size
         first = np.arange(0, ids.size, self._slots) if full else np.searchsorted(ones, begin)
-        counts = self._slots if full else np.diff(first, append=len(ones))
-        place = np.arange(len(ones))
+        counts: Any = self._slots if full else np.diff(first, append=len(ones))
         # A 1 stands behind the steps and the earlier ids of its set.
-        bucket = ones - place
+        bucket = ones - np.arange(len(ones))
         bucket -= np.repeat(begin - first, counts)
         width: np.ndarray = self._buckets.widths.take(bucket)
 
         data, begin = self._low(numbers)
-        windows = np.ndarray(len(data) + 1, "<u4", np.append(data, np.zeros(4, np.uint8)), strides=(1,)).copy()
-        at = np.cumsum(width + np.uint32(self._payload_bits), dtype=np.int64)
-        at -= width
-        at -= self._payload_bits
-        at += np.repeat(begin * 8 - np.append(at, 0)[first], counts)
+        padded = np.append(data, np.zeros(4, np.uint8))
+        windows: np.ndarray = np.ndarray(len(data) + 1, "<u4", padded, strides=(1,)).astype("<i8")
+        ends: np.ndarray = np.zeros(len(ones) + 1, dtype=np.int64)
+        np.cumsum(width + self._payload_bits, out=ends[1:])
+        at = ends[:-1]
+        at += np.repeat(begin * 8 - ends[first], counts)
         words: np.ndarray = windows.take(at >> 3)
-        words >>= (at & 7).astype(np.uint32)
-        rank = words & ~(_ALL << width)
+        at &= 7
+        words >>= at
+        rank = words & ~(-1 << width)
         rank += self._buckets.bases.take(bucket)
         words >>= width
-        words &= np.uint32((1 << self._payload_bits) - 1)
+        words &= (1 << self._payload_bits) - 1
         found: np.ndarray = self._buckets.ids.take(rank)
         if full:
             ids[:], payload[:] = found.reshape(ids.shape), words.reshape(ids.shape)
         else:
-            place += np.repeat(np.arange(0, ids.size, self._slots) - first, counts)
-            ids.reshape(-1)[place], payload.reshape(-1)[place] = found, words
+            used = np.arange(self._slots) < counts[:, None]
+            ids[used], payload[used] = found, words
 
 
 def _widths(counts: np.ndarray, sets: int) -> np.ndarray:
@@ -169,7 +171,7 @@ class _Buckets:
             bases.append(np.arange(base, base + count, 1 << width))
             of_bucket.append(np.full(len(bases[-1]), width))
             base += count
-        return cls(ids, ranks, np.concatenate(bases).astype(np.uint32), np.concatenate(of_bucket).astype(np.uint32))
+        return cls(ids, ranks, np.concatenate(bases), np.concatenate(of_bucket))
 
 
 def _pack_sorted(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from typing import ClassVar
 
 import numpy as np
@@ -26,6 +25,8 @@ from hf_distill.functional.sparse import SparseLogits
 # Of what lies beyond an exact head, this share at least is left for the tokens that were not drawn: log-probabilities
 # in few bits may add up to more.
 _LEAST_SHARE = 2**-10
+# Keeps a division of masses that are too small for single precision from being 0 / 0.
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(kw_only=True)
@@ -177,45 +178,39 @@ class TopKTail(LogitsEncoding):
             counts = unpack_counts(arrays["counts"][numbers], self.draws, payload >= 1 << self.bits)
             payload &= (1 << self.bits) - 1
             log_probs = read_log_probs(payload, arrays["steps"][numbers], ids)
-            columns = {
+            return {
                 "ids": torch.from_numpy(ids),
                 "log_probs": log_probs,
                 "counts": torch.from_numpy(counts),
                 **read_scalars(arrays, numbers),
             }
-            log_probs -= normaliser(_head(columns), columns["log_rests"][:, 0])[:, None]
-            return columns
 
         return read
 
     def targets(self, columns: Columns, labels: Tensor) -> SparseLogits:
         """See `Encoding`."""
-        log_probs, counts, head = columns["log_probs"], columns["counts"], _head(columns)
-        rests = dict(zip(self.temperatures, columns["log_rests"].unbind(1), strict=True))
-        normalisers = {t: normaliser(head, rests[t], t) for t in self.temperatures[1:]}
-        scaled = {1.0: log_probs} | {t: log_probs / t - level[:, None] for t, level in normalisers.items()}
+        depths, counts = columns["log_probs"], columns["counts"]  # of the greatest, which is in the head, 0
+        in_head = (counts == 0).to(depths.dtype)
+        normalisers, left, probs, rests = {}, {}, [], []
+        for temperature, log_rest in zip(self.temperatures, columns["log_rests"].unbind(1), strict=True):
+            masses = (depths / temperature).exp_()
+            level = normaliser(torch.linalg.vecdot(masses, in_head), log_rest)
+            probs.append(masses.mul_((-level).exp_()[:, None]))
+            rests.append(log_rest.exp())
+            normalisers[temperature] = level
+            beside = 1 - torch.linalg.vecdot(masses, 1 - in_head) / rests[-1]
+            left[temperature] = log_rest + beside.clamp_(min=_LEAST_SHARE).log_()
+        at_one = normalisers.pop(1.0)
         # A draw stands for p at T = 1 over what it was drawn in proportion to.
-        drawn_from, of_all = reduce(torch.logaddexp, scaled.values()), reduce(torch.logaddexp, rests.values())
-        drawn = counts * (log_probs - drawn_from + of_all[:, None]).exp_() / self.draws
+        drawn = counts * (probs[0] / sum(probs).clamp_(min=_TINY)) * (sum(rests) / self.draws)[:, None]
         return SparseLogits(
             ids=columns["ids"].long(),
-            log_probs=log_probs,
-            masses=torch.where(counts > 0, drawn, head.exp()),
-            log_normalisers=normalisers,
+            log_probs=depths - at_one[:, None],
+            masses=probs[0].mul_(in_head).add_(drawn),
+            log_normalisers={t: level - at_one / t for t, level in normalisers.items()},
             entropies=dict(zip(self.temperatures, columns["entropies"].unbind(1), strict=True)),
             labels=labels,
             label_log_probs=columns["label_log_probs"],
             vocab_size=self.vocab_size,
-            log_rests={t: _beyond(scaled[t].where(counts > 0, -math.inf), rests[t]) for t in self.temperatures},
+            log_rests=left,
         )
-
-
-def _head(columns: Columns) -> Tensor:
-    """The log-probabilities of the exact head, -inf in all other slots."""
-    return columns["log_probs"].masked_fill(columns["counts"] > 0, -math.inf)
-
-
-def _beyond(tail: Tensor, log_rest: Tensor) -> Tensor:
-    """The logarithm of the mass that is left of a rest, `[n]`, beside tokens that were drawn from it, `[n, M]`."""
-    share = (tail - log_rest[:, None]).exp_().sum(1)
-    return log_rest + (1 - share).clamp(min=_LEAST_SHARE).log()

@@ -68,21 +68,21 @@ class TopK(LogitsEncoding):
         def read(numbers: np.ndarray) -> Columns:
             ids, codes = reader(numbers)
             log_probs = read_log_probs(codes, arrays["steps"][numbers], ids)
-            scalars = read_scalars(arrays, numbers)
-            log_probs -= normaliser(log_probs, scalars["log_rests"][:, 0])[:, None]
-            return {"ids": torch.from_numpy(ids), "log_probs": log_probs, **scalars}
+            return {"ids": torch.from_numpy(ids), "log_probs": log_probs, **read_scalars(arrays, numbers)}
 
         return read
 
     def targets(self, columns: Columns, labels: Tensor) -> SparseLogits:
         """See `Encoding`."""
-        log_probs = columns["log_probs"]
+        depths = columns["log_probs"]  # below the greatest of the token
         rests = dict(zip(self.temperatures, columns["log_rests"].unbind(1), strict=True))
+        levels = {t: normaliser((depths / t).exp_().sum(1), rest) for t, rest in rests.items()}
+        at_one = levels.pop(1.0)
         return SparseLogits(
             ids=columns["ids"].long(),
-            log_probs=log_probs,
+            log_probs=depths - at_one[:, None],
             masses=None,
-            log_normalisers={t: normaliser(log_probs, rests[t], t) for t in self.temperatures if t != 1.0},
+            log_normalisers={t: level - at_one / t for t, level in levels.items()},
             entropies={1.0: columns["entropies"][:, 0]},
             labels=labels,
             label_log_probs=columns["label_log_probs"],
@@ -114,6 +114,8 @@ def label_log_probs(block: Block, labels: Tensor, spread: Spread) -> Tensor:
 def read_log_probs(codes: np.ndarray, steps: np.ndarray, ids: np.ndarray) -> Tensor:
     """Log-probabilities but for a constant of each token, -inf where there is no id."""
     log_probs = restore(codes, steps)
-    if (ids[:, -1] < 0).any():  # unused slots are the last
-        log_probs.masked_fill_(torch.from_numpy(ids < 0), -torch.inf)
+    short = np.flatnonzero(ids[:, -1] < 0)  # unused slots are the last
+    if len(short) > 0:
+        rows = torch.from_numpy(short)
+        log_probs[rows] = log_probs[rows].masked_fill(torch.from_numpy(ids[short] < 0), -torch.inf)
     return log_probs

@@ -47,20 +47,17 @@ def restore(codes: np.ndarray, steps: np.ndarray) -> Tensor:
     return torch.from_numpy(codes).float().mul_(torch.from_numpy(-steps.astype(np.float32))[:, None])
 
 
-def normaliser(log_probs: Tensor, log_rest: Tensor, temperature: float = 1.0) -> Tensor:
-    """The c with which ids and the rest have a mass of 1: `sum(exp(log_probs / T - c)) + exp(log_rest) = 1`.
+def normaliser(mass: Tensor, log_rest: Tensor) -> Tensor:
+    """The c with which ids and the rest have a mass of 1: `mass * exp(-c) + exp(log_rest) = 1`.
 
     Args:
-        log_probs: `[N, K]`, known but for a constant of their token; -inf in unused slots.
-        log_rest: `[N]`, the logarithm of the mass of all other tokens at the temperature.
-        temperature: T.
+        mass: Of the ids, but for a constant factor of their token, `[N]`; overwritten.
+        log_rest: `[N]`, the logarithm of the mass of all other tokens.
 
     Returns:
         c, `[N]`.
     """
-    scaled = log_probs if temperature == 1.0 else log_probs / temperature
-    top = scaled.amax(1)
-    return (scaled - top[:, None]).exp_().sum(1).log_().add_(top) - log_one_less(log_rest)
+    return mass.log_() - log_one_less(log_rest)
 
 
 def log_one_less(log_mass: Tensor) -> Tensor:

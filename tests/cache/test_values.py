@@ -56,8 +56,9 @@ def test_pieces_of_quantising_do_not_show(monkeypatch):
 def test_ids_and_rest_have_a_mass_of_one_at_every_temperature(temperature, log_rest):
     log_probs = some_log_probs(depth=3.0)
     log_rests = torch.full((len(log_probs),), log_rest)
-    level = normaliser(log_probs, log_rests, temperature).double()
-    inside = (log_probs.double() / temperature - level[:, None]).exp().sum(1)
+    depths = log_probs - log_probs.amax(1, keepdim=True)
+    level = normaliser((depths / temperature).exp().sum(1), log_rests).double()
+    inside = (depths.double() / temperature - level[:, None]).exp().sum(1)
     assert torch.allclose(inside, -torch.expm1(log_rests.double()), rtol=1e-4)
 
 
