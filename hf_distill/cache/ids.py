@@ -115,7 +115,7 @@ class SetReader:
         width: np.ndarray = self._buckets.widths.take(bucket)
 
         data, begin = self._low(numbers)
-        padded = np.append(data, np.zeros(4, np.uint8))
+        padded: np.ndarray = np.append(data, np.zeros(4, np.uint8))
         windows: np.ndarray = np.ndarray(len(data) + 1, "<u4", padded, strides=(1,)).astype("<i8")
         ends: np.ndarray = np.zeros(len(ones) + 1, dtype=np.int64)
         np.cumsum(width + self._payload_bits, out=ends[1:])

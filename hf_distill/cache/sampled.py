@@ -139,7 +139,7 @@ class TopKTail(LogitsEncoding):
         values, ids = block.top(self.k)
         entropies, rests = [], []
         for temperature in self.temperatures:
-            spread = block.spread(temperature, entropy=True)
+            spread = block.spread(temperature, entropy=True, likeliest=ids[:, :1])
             entropies.append(spread.entropy)
             rests.append(spread.take_out_(ids))
             if temperature == 1.0:

@@ -42,11 +42,12 @@ class TopK(LogitsEncoding):
     def look(self, block: Block, labels: Tensor, uniforms: Tensor | None) -> dict[str, Tensor]:
         """See `LogitsEncoding`."""
         values, ids = block.top(self.k)
-        spread = block.spread(1.0, entropy=True)
+        spread = block.spread(1.0, entropy=True, likeliest=ids[:, :1])
         assert spread.entropy is not None
         log_probs = log_probs_of(values, spread.log_total)
         rests = [spread.take_out_(ids)]
-        rests += [block.spread(t, entropy=False).take_out_(ids) for t in self.temperatures[1:]]
+        for temperature in self.temperatures[1:]:
+            rests.append(block.spread(temperature, entropy=False, likeliest=ids[:, :1]).take_out_(ids))
         return {
             "ids": known_ids(ids, log_probs),
             "log_probs": log_probs,
