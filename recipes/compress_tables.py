@@ -82,8 +82,10 @@ def draw_orders(models: Models, folder: Path) -> None:
         (theirs, PUBLISHED, "Qwen2.5-3B, NF4 (arXiv:2511.19495)"),
     ]:
         order = sorted(values, key=lambda name: values[name])
-        axes.barh(order[::-1], [values[name] for name in order[::-1]])
-        axes.set(title=title, xlabel="perplexity, lower is better", xscale="log")
+        axes.bar_label(axes.barh(order[::-1], [values[name] for name in order[::-1]]), fmt="%.4g", padding=2)
+        axes.set(xlabel="perplexity, lower is better")
+        axes.set_title(title, fontsize="medium")
+        axes.margins(x=0.25)
     figure.savefig(folder / "orders.png", dpi=150)
 
 
