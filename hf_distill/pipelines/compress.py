@@ -28,7 +28,7 @@ from hf_distill.pipelines.checks import (
 from hf_distill.pipelines.measuring import ADAPTED, TEACHER, Made, measure_all
 from hf_distill.pipelines.report import CompressReport
 from hf_distill.pipelines.stage import Stage
-from hf_distill.pipelines.steps import ACTIONS, Context, adapt_step
+from hf_distill.pipelines.steps import ACTIONS, Context, adapt_step, methods_of
 from hf_distill.training.card import hyperparameters_of, losses_of
 from hf_distill.training.checks import check_config
 from hf_distill.training.terms import build_objectives
@@ -114,7 +114,7 @@ def _stages(args: CompressConfig, model: str, data: str) -> list[tuple[Stage, Ac
         training = training | {"teacher": stages[0][0].key}
     key = model
     rounding = {"quantization": args.quantization, "group_size": args.group_size}
-    cutting = {"prune": args.prune, "importance": args.importance, "calibration_tokens": args.calibration_tokens}
+    cutting = {"prune": args.prune, "importance": methods_of(args), "calibration_tokens": args.calibration_tokens}
     settings = {PRUNE: cutting | {"data": data}, DISTIL: training, QUANTIZE: rounding}
     for number, step in enumerate(args.steps, 1):
         rounds = QUANTIZE in args.steps[:number]

@@ -7,7 +7,6 @@ rounds again. Training then computes with rounded weights (quantisation-aware di
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def prune_step(context: Context, source: str, written: Path, run: Path) -> dict[
     args = context.args
     quantized = (Path(source) / QUANTIZED).is_file()
     model = dequantize(source) if quantized else load_plain(Path(source), **context.model_kwargs)
-    methods = {kind: method for kind, method in _methods(args).items() if kind in _cut_kinds(args, model)}
+    methods = {kind: method for kind, method in methods_of(args).items() if kind in _cut_kinds(args, model)}
     batches = DataLoader(context.rows, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
     scores = None
     if methods:  # layers that are given by number need no score
@@ -161,8 +160,9 @@ def _last_checkpoint(run: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
-def _methods(args: CompressConfig) -> Mapping[str, str]:
-    return args.importance or DEFAULT  # type: ignore[return-value] # text was read by the config
+def methods_of(args: CompressConfig) -> dict[str, str]:
+    """How each kind of unit is scored."""
+    return dict(args.importance or DEFAULT)  # type: ignore[arg-type] # text was read by the config
 
 
 def _cut_kinds(args: CompressConfig, model: PreTrainedModel) -> set[str]:
