@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from hf_distill import DistillationCallback, RetentionCallback
 from hf_distill.cards import DistillationCard
@@ -31,6 +31,17 @@ def hub(monkeypatch):
     with local_hub() as server:
         talk_to(server.url, monkeypatch)
         yield server
+
+
+class AwaitPush(TrainerCallback):
+    """Begins a step when the last push is over: it runs beside the training, and sends the files as they are then."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.trainer.push_in_progress is not None:
+            self.trainer.push_in_progress.wait_until_done()
 
 
 def plain_trainer(output_dir, **config):
@@ -64,6 +75,7 @@ def test_every_push_of_a_run_carries_the_card_of_its_step(kind, lora, hub, tmp_p
     else:
         trainer = make_trainer(kind, tmp_path / "out", lora=lora, **config)
     trainer.model.config._name_or_path = str(tmp_path / "base")  # PEFT writes it into the cards that it touches
+    trainer.add_callback(AwaitPush(trainer))
     trainer.train()
     trainer.save_model()  # pushes again, after training
 
