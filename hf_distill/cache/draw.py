@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_distill.cache.values import unpack_codes
+
 
 # Rows of the table that the vocabulary is seen as: first a column is found, then the place in it.
 _DEPTH = 32
@@ -64,8 +66,22 @@ def pack_counts(counts: np.ndarray, draws: int) -> np.ndarray:
 
 def unpack_counts(packed: np.ndarray, draws: int, drawn: np.ndarray) -> np.ndarray:
     """What `pack_counts` packed, float32; `drawn` `[M, K]` bool says in which slots it is not 0."""
-    known = packed[packed.any(axis=1)]  # the others were not drawn for; these end with a 1
-    ends = np.flatnonzero(np.unpackbits(known, axis=1, count=draws, bitorder="little").view(bool))
-    counts: np.ndarray = np.zeros(drawn.shape, dtype=np.float32)
-    counts[drawn] = np.diff(ends, prepend=-1)
+    counts: np.ndarray = drawn.astype(np.float32)
+    once = np.packbits(np.ones(draws, dtype=np.uint8), bitorder="little")
+    several = np.flatnonzero(_differ(packed, once))  # most tokens were drawn once each
+    known: np.ndarray = packed.take(several, 0)
+    known = known[_differ(known, np.zeros_like(once))]  # the others were not drawn for; these end with a 1
+    ends = np.flatnonzero(unpack_codes(known, draws, 1).view(bool))
+    rows: np.ndarray = counts.take(several, 0).reshape(-1)
+    slots = np.flatnonzero(drawn.take(several, 0))
+    rows[slots] = np.diff(ends, prepend=-1)
+    counts[several] = rows.reshape(-1, drawn.shape[1])
     return counts
+
+
+def _differ(rows: np.ndarray, bytes_: np.ndarray) -> np.ndarray:
+    """Which rows of a few bytes are others than these; numpy's reductions over so short an axis are slow."""
+    found: np.ndarray = np.zeros(len(rows), dtype=bool)
+    for column, byte in zip(rows.T, bytes_, strict=True):
+        found |= column != byte
+    return found

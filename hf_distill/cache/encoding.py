@@ -65,7 +65,12 @@ class Encoding(ABC):
 
     @abstractmethod
     def targets(self, columns: Columns, labels: Tensor) -> SparseLogits | Projection:
-        """What a teacher gives of M tokens, on the CPU; `labels` `[M]` are the tokens that followed them."""
+        """What a teacher gives of M tokens, on the CPU; the columns may be overwritten.
+
+        Args:
+            columns: Of these tokens.
+            labels: The tokens that followed them, `[M]`.
+        """
 
     def shared_tensors(self, output: Projection) -> dict[str, Tensor]:
         """What is stored once for the whole cache, such as the teacher's head; `output` is any of its outputs."""

@@ -5,8 +5,7 @@ bucket, w bits, and the buckets of a sorted set are written in unary: a 0 for ea
 each id. With buckets of one width an id costs 2 + log2(V / k) bits. But a few ids of a language are in most sets, and
 most are in next to none: an id that is in a share f of the sets costs 2^-w bits of steps in every set and w more where
 it occurs, which is least for w = log2(1 / f), rounded down. So each id has a width of its own, known to the whole
-shard, and the vocabulary is sorted by it. The bits of a payload, such as the code of a log-probability, follow those
-of each id.
+shard, and the vocabulary is sorted by it.
 """
 
 from __future__ import annotations
@@ -20,25 +19,22 @@ from hf_distill.cache.encoding import Arrays
 from hf_distill.cache.ragged import RaggedReader, pack_ragged
 
 
-# Widths fill half a byte, and 7 + _MAX_WIDTH + MAX_PAYLOAD_BITS bits are found in a window of 32.
-_MAX_WIDTH = 15
-MAX_PAYLOAD_BITS = 10
+# Widths fill half a byte, and 7 + _MAX_WIDTH bits are found in a window of 4 bytes.
+_WIDTH_BITS = 4
+_MAX_WIDTH = 2**_WIDTH_BITS - 1
+_WINDOW = 4
 # Sets that are coded at a time: what is made of them on the way stays in the processor's caches.
 _PACKED_AT_ONCE = 4096
-_IDS_READ_AT_ONCE = 2**15
+_IDS_READ_AT_ONCE = 2**17
 _ALL = np.uint32(2**32 - 1)
 
 
-def pack_sets(
-    ids: np.ndarray, vocab_size: int, payload: np.ndarray | None = None, payload_bits: int = 0
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def pack_sets(ids: np.ndarray, vocab_size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Code a set of ids for each token.
 
     Args:
         ids: `[N, K]`, distinct within a row, and -1 in unused slots.
         vocab_size: Ids are smaller than this.
-        payload: `[N, K]`, a number of `payload_bits` bits for each id.
-        payload_bits: At most `MAX_PAYLOAD_BITS`.
 
     Returns:
         The arrays, and the slots in the order in which they will be read, `[N, K]`: unused ones last.
@@ -54,9 +50,7 @@ def pack_sets(
         ranks = buckets.ranks[ids[part]]
         own = np.argsort(ranks, axis=1, kind="stable")
         order[part] = own
-        ranks = np.take_along_axis(ranks, own, 1)
-        codes = None if payload is None else np.take_along_axis(payload[part], own, 1)
-        for packed, piece in zip((unary, low), _pack_sorted(ranks, codes, payload_bits, buckets), strict=True):
+        for packed, piece in zip((unary, low), _pack_sorted(np.take_along_axis(ranks, own, 1), buckets), strict=True):
             packed.append(piece)
     arrays = {"widths": _pack_halves(widths)}
     for name, pieces in (("unary", unary), ("low", low)):
@@ -73,67 +67,73 @@ class SetReader:
         arrays: Its arrays.
         vocab_size: As it was.
         slots: K.
-        payload_bits: As they were.
     """
 
-    def __init__(self, arrays: Arrays, vocab_size: int, slots: int, payload_bits: int = 0) -> None:
+    def __init__(self, arrays: Arrays, vocab_size: int, slots: int) -> None:
         self._buckets = _Buckets.of(_unpack_halves(arrays["widths"], vocab_size))
         self._unary, self._low = (
             RaggedReader({key.removeprefix(name): array for key, array in arrays.items() if key.startswith(name)})
             for name in ("unary.", "low.")
         )
         self._slots = slots
-        self._payload_bits = payload_bits
+        self._rows = max(_IDS_READ_AT_ONCE // slots, 1)
+        self._places = np.arange(self._rows * slots)
 
-    def __call__(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, numbers: np.ndarray) -> np.ndarray:
         """The sets of some tokens.
 
         Args:
             numbers: Of the tokens, `[M]` int64, in any order.
 
         Returns:
-            Ids `[M, K]` int32, -1 in unused slots, which come last; and the payload `[M, K]` int32, 0 there.
+            Ids `[M, K]` int64, -1 in unused slots, which come last.
         """
-        ids: np.ndarray = np.full((len(numbers), self._slots), -1, dtype=np.int32)
-        payload: np.ndarray = np.zeros(ids.shape, dtype=np.int32)
-        rows = max(_IDS_READ_AT_ONCE // self._slots, 1)
-        for start in range(0, len(numbers), rows):
-            part = slice(start, start + rows)
-            self._read(numbers[part], ids[part], payload[part])
-        return ids, payload
+        ids: np.ndarray = np.empty((len(numbers), self._slots), dtype=np.int64)
+        unary, unary_bounds = self._unary(numbers)
+        low, low_bounds = self._low(numbers)
+        low = np.append(low, np.zeros(_WINDOW, np.uint8))
+        for start in range(0, len(numbers), self._rows):
+            stop = min(start + self._rows, len(numbers))
+            bounds = unary_bounds[start : stop + 1], low_bounds[start : stop + 1]
+            self._read(unary, low, *bounds, ids[start:stop])
+        return ids
 
-    def _read(self, numbers: np.ndarray, ids: np.ndarray, payload: np.ndarray) -> None:
-        data, begin = self._unary(numbers)
-        ones = np.flatnonzero(np.unpackbits(data, bitorder="little").view(bool))
-        begin *= 8
+    def _read(
+        self, unary: np.ndarray, low: np.ndarray, unary_bounds: np.ndarray, low_bounds: np.ndarray, ids: np.ndarray
+    ) -> None:
+        """Read a few tokens into `ids`; bounds say where the bytes of each begin and end."""
+        unary = unary[unary_bounds[0] : unary_bounds[-1]]
+        ones = np.flatnonzero(np.unpackbits(unary, bitorder="little").view(bool))
+        begin = (unary_bounds[:-1] - unary_bounds[0]) * 8
         full = len(ones) == ids.size
-        first = np.arange(0, ids.size, self._slots) if full else np.searchsorted(ones, begin)
+        first = self._places[: ids.size : self._slots] if full else np.searchsorted(ones, begin)
         counts: Any = self._slots if full else np.diff(first, append=len(ones))
         # A 1 stands behind the steps and the earlier ids of its set.
-        bucket = ones - np.arange(len(ones))
+        bucket = ones
+        bucket -= self._places[: len(ones)]
         bucket -= np.repeat(begin - first, counts)
-        width: np.ndarray = self._buckets.widths.take(bucket)
 
-        data, begin = self._low(numbers)
-        padded: np.ndarray = np.append(data, np.zeros(4, np.uint8))
-        windows: np.ndarray = np.ndarray(len(data) + 1, "<u4", padded, strides=(1,)).astype("<i8")
-        ends: np.ndarray = np.zeros(len(ones) + 1, dtype=np.int64)
-        np.cumsum(width + self._payload_bits, out=ends[1:])
+        size = low_bounds[-1] - low_bounds[0] + 1
+        windows: np.ndarray = np.ndarray(size, "<i4", low, low_bounds[0], (1,)).copy()
+        ends: np.ndarray = np.zeros(len(ones) + 1, dtype=np.int32)
+        entry: np.ndarray = self._buckets.entries.take(bucket)
+        width = entry & _MAX_WIDTH
+        np.cumsum(width, out=ends[1:])
         at = ends[:-1]
-        at += np.repeat(begin * 8 - ends[first], counts)
-        words: np.ndarray = windows.take(at >> 3)
+        at += np.repeat(((low_bounds[:-1] - low_bounds[0]) * 8 - ends[first]).astype(np.int32), counts)
+        rank: np.ndarray = windows.take(at >> 3)
         at &= 7
-        words >>= at
-        rank = words & ~(-1 << width)
-        rank += self._buckets.bases.take(bucket)
-        words >>= width
-        words &= (1 << self._payload_bits) - 1
-        found: np.ndarray = self._buckets.ids.take(rank)
-        if full:
-            ids[:], payload[:] = found.reshape(ids.shape), words.reshape(ids.shape)
-        else:
-            used = np.arange(self._slots) < counts[:, None]
-            ids[used], payload[used] = found, words
+        rank >>= at
+        rank &= (1 << width) - 1
+        entry >>= _WIDTH_BITS
+        rank += entry
+        if not full:
+            unused = np.arange(self._slots, dtype=np.int32) >= counts.astype(np.int32)[:, None]
+            found, rank = rank, np.zeros(ids.shape, dtype=np.int32)
+            rank[~unused] = found
+        self._buckets.ids.take(rank.reshape(ids.shape), out=ids, mode="clip")  # "raise" would buffer
+        if not full:
+            np.copyto(ids, -1, where=unused)
 
 
 def _widths(counts: np.ndarray, sets: int) -> np.ndarray:
@@ -153,16 +153,18 @@ class _Buckets:
         ranks: The rank of each id, `[V + 1]`; the last is that of -1, above all others.
         bases: First rank of each bucket.
         widths: Bits of a place in each bucket.
+        entries: The first rank and, in the last `_WIDTH_BITS`, the width of each bucket: one look into a table.
     """
 
     ids: np.ndarray
     ranks: np.ndarray
     bases: np.ndarray
     widths: np.ndarray
+    entries: np.ndarray
 
     @classmethod
     def of(cls, widths: np.ndarray) -> _Buckets:
-        ids = np.argsort(widths, kind="stable").astype(np.int32)
+        ids = np.argsort(widths, kind="stable")
         ranks: np.ndarray = np.empty(len(ids) + 1, dtype=np.int32)
         ranks[ids] = np.arange(len(ids))
         ranks[-1] = len(ids)
@@ -171,28 +173,23 @@ class _Buckets:
             bases.append(np.arange(base, base + count, 1 << width))
             of_bucket.append(np.full(len(bases[-1]), width))
             base += count
-        return cls(ids, ranks, np.concatenate(bases), np.concatenate(of_bucket))
+        bases, of_bucket = (np.concatenate(arrays).astype(np.int32) for arrays in (bases, of_bucket))
+        return cls(ids, ranks, bases, of_bucket, bases << _WIDTH_BITS | of_bucket)
 
 
-def _pack_sorted(
-    ranks: np.ndarray, codes: np.ndarray | None, payload_bits: int, buckets: _Buckets
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def _pack_sorted(ranks: np.ndarray, buckets: _Buckets) -> list[tuple[np.ndarray, np.ndarray]]:
     """The bytes, and how many of each row, of the steps and of the places of sorted ranks `[n, K]`."""
     used = ranks < len(buckets.ids)
     row, slot = np.nonzero(used)
     rank = ranks[used].astype(np.int64)
     bucket = np.searchsorted(buckets.bases, rank, side="right") - 1
-    width = buckets.widths[bucket].astype(np.int64)
-    word = rank - buckets.bases[bucket]
-    if codes is not None:
-        word |= codes[used].astype(np.int64) << width
-    ones = _pack_words(np.ones_like(word), bucket + slot, row, np.ones_like(word), len(ranks))
-    bits = width + payload_bits
-    before = np.cumsum(bits) - bits
+    width = buckets.widths[bucket]
+    ones = _pack_words(np.ones_like(rank), bucket + slot, row, np.ones_like(rank), len(ranks))
+    before = np.cumsum(width) - width
     counts = used.sum(1)
     first = np.cumsum(counts) - counts
-    places = _pack_words(word, before - np.repeat(np.append(before, 0)[first], counts), row, bits, len(ranks))
-    return [ones, places]
+    at = before - np.repeat(np.append(before, 0)[first], counts)
+    return [ones, _pack_words(rank - buckets.bases[bucket], at, row, width, len(ranks))]
 
 
 def _pack_words(

@@ -43,18 +43,19 @@ class RaggedReader:
             numbers: Which rows, `[M]` int64, in any order.
 
         Returns:
-            Bytes that hold all of the rows, and where in them each begins, `[M]` int64.
+            The bytes of all of them, and where in these each begins, and the end, `[M + 1]` int64. Rows that were
+            padded have their padding.
         """
         if self._lengths is None:
-            return self._data[numbers].reshape(-1), np.arange(len(numbers)) * self._data.shape[1]
-        lengths = self._lengths[numbers].astype(np.int64)
-        ends = np.cumsum(lengths)
+            return self._data.take(numbers, 0).reshape(-1), np.arange(len(numbers) + 1) * self._data.shape[1]
+        bounds: np.ndarray = np.zeros(len(numbers) + 1, dtype=np.int64)
+        np.cumsum(self._lengths.take(numbers), out=bounds[1:])
         # Tokens of a row are neighbours, and are copied as one piece.
-        first = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+        first = np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1] + 1)[: len(numbers)])
         begin = self._begin(numbers[first])
-        size = np.diff(np.append(0, ends)[np.append(first, len(numbers))])
+        size = np.diff(bounds[np.append(first, len(numbers))])
         pieces = [self._data[start:stop] for start, stop in zip(begin, begin + size, strict=True)]
-        return np.concatenate([self._data[:0], *pieces]), ends - lengths
+        return np.concatenate([self._data[:0], *pieces]), bounds
 
     def _begin(self, numbers: np.ndarray) -> np.ndarray:
         """Where some rows begin in all of the bytes."""

@@ -136,7 +136,11 @@ class CacheReader:
         opened = self._opened(int(shard))
         tokens = []
         for i in chosen:
-            kept, wanted = opened.kept_of(numbers[i]), rows[i].kept
+            wanted, first = rows[i].kept, opened.tokens[numbers[i]]
+            if opened.kept is None:
+                tokens.append(first + np.flatnonzero(wanted))
+                continue
+            kept = opened.kept_of(numbers[i])
             if (wanted & ~kept).any():
                 position = int(np.flatnonzero(wanted & ~kept)[0])
                 raise ValueError(
@@ -144,7 +148,7 @@ class CacheReader:
                     f"token {position}: only positions with a label were kept. Train on the labels that the cache was "
                     "built with (completions, assistant turns or everything), or build it without them."
                 )
-            tokens.append(opened.tokens[numbers[i]] + np.flatnonzero(wanted[kept]))
+            tokens.append(first + np.flatnonzero(wanted[kept]))
         return opened.decode(np.concatenate(tokens))
 
     def _shared(self) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ from torch import Tensor
 from hf_distill.cache.base import LogitsEncoding, at_least
 from hf_distill.cache.draw import draw, pack_counts, unpack_counts
 from hf_distill.cache.encoding import Arrays, Columns
-from hf_distill.cache.ids import MAX_PAYLOAD_BITS, SetReader, pack_sets
+from hf_distill.cache.ids import SetReader, pack_sets
 from hf_distill.cache.observe import Block, log_masses, log_probs_of
 from hf_distill.cache.sparse import check_head, known_ids, label_log_probs, read_log_probs
-from hf_distill.cache.values import normaliser, pack_scalars, quantise, read_scalars
+from hf_distill.cache.values import normaliser, pack_codes, pack_scalars, quantise, read_scalars, unpack_codes
 from hf_distill.functional.sparse import SparseLogits
 
 
@@ -79,8 +79,8 @@ class Sampled(LogitsEncoding):
         reader = SetReader(arrays, self.vocab_size, self.draws)
 
         def read(numbers: np.ndarray) -> Columns:
-            ids, _ = reader(numbers)
-            counts = unpack_counts(arrays["counts"][numbers], self.draws, ids >= 0)
+            ids = reader(numbers)
+            counts = unpack_counts(arrays["counts"].take(numbers, 0), self.draws, ids >= 0)
             return {
                 "ids": torch.from_numpy(ids),
                 "counts": torch.from_numpy(counts),
@@ -93,7 +93,7 @@ class Sampled(LogitsEncoding):
         """See `Encoding`."""
         used = int((columns["counts"] > 0).sum(1).max()) if len(labels) else 1  # most slots are empty in most batches
         return SparseLogits(
-            ids=columns["ids"][:, :used].long(),
+            ids=columns["ids"][:, :used],
             log_probs=None,
             masses=columns["counts"][:, :used] / self.draws,
             log_normalisers={},
@@ -118,7 +118,7 @@ class TopKTail(LogitsEncoding):
         bits: Of a log-probability.
 
     Raises:
-        ValueError: `k` is not in [1, vocab_size], `draws` is below 1, or `bits` not in [2, 9].
+        ValueError: `k` is not in [1, vocab_size], `draws` is below 1, or `bits` not in [2, 10].
     """
 
     name: ClassVar[str] = "topk_tail"
@@ -130,7 +130,7 @@ class TopKTail(LogitsEncoding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_head(self.k, self.bits, self.vocab_size, MAX_PAYLOAD_BITS - 1)
+        check_head(self.k, self.bits, self.vocab_size)
         at_least("draws", self.draws, 1)
 
     def look(self, block: Block, labels: Tensor, uniforms: Tensor | None) -> dict[str, Tensor]:
@@ -164,20 +164,26 @@ class TopKTail(LogitsEncoding):
         """See `Encoding`."""
         codes, steps = quantise(columns["log_probs"], self.bits)
         counts = columns["counts"].numpy()
-        payload = codes | ((counts > 0) << np.uint16(self.bits)).astype(np.uint16)
-        arrays, order = pack_sets(columns["ids"].numpy(), self.vocab_size, payload, self.bits + 1)
-        packed = pack_counts(np.take_along_axis(counts, order, 1), self.draws)
-        return {**arrays, "steps": steps, "counts": packed, **pack_scalars(columns)}
+        arrays, order = pack_sets(columns["ids"].numpy(), self.vocab_size)
+        codes, counts = (np.take_along_axis(values, order, 1) for values in (codes, counts))
+        packed = {
+            "codes": pack_codes(codes, self.bits),
+            "drawn": pack_codes(counts > 0, 1),
+            "counts": pack_counts(counts, self.draws),
+        }
+        return {**arrays, **packed, "steps": steps, **pack_scalars(columns)}
 
     def open(self, arrays: Arrays) -> Callable[[np.ndarray], Columns]:
         """See `Encoding`."""
-        reader = SetReader(arrays, self.vocab_size, self.k + self.draws, self.bits + 1)
+        slots = self.k + self.draws
+        reader = SetReader(arrays, self.vocab_size, slots)
 
         def read(numbers: np.ndarray) -> Columns:
-            ids, payload = reader(numbers)
-            counts = unpack_counts(arrays["counts"][numbers], self.draws, payload >= 1 << self.bits)
-            payload &= (1 << self.bits) - 1
-            log_probs = read_log_probs(payload, arrays["steps"][numbers], ids)
+            ids = reader(numbers)
+            drawn: np.ndarray = unpack_codes(arrays["drawn"].take(numbers, 0), slots, 1).view(bool)
+            counts = unpack_counts(arrays["counts"].take(numbers, 0), self.draws, drawn)
+            codes = unpack_codes(arrays["codes"].take(numbers, 0), slots, self.bits)
+            log_probs = read_log_probs(codes, arrays["steps"].take(numbers, 0), ids)
             return {
                 "ids": torch.from_numpy(ids),
                 "log_probs": log_probs,
@@ -190,23 +196,28 @@ class TopKTail(LogitsEncoding):
     def targets(self, columns: Columns, labels: Tensor) -> SparseLogits:
         """See `Encoding`."""
         depths, counts = columns["log_probs"], columns["counts"]  # of the greatest, which is in the head, 0
-        in_head = (counts == 0).to(depths.dtype)
+        in_tail = counts.clamp(max=1)
         normalisers, left, probs, rests = {}, {}, [], []
         for temperature, log_rest in zip(self.temperatures, columns["log_rests"].unbind(1), strict=True):
-            masses = (depths / temperature).exp_()
-            level = normaliser(torch.linalg.vecdot(masses, in_head), log_rest)
-            probs.append(masses.mul_((-level).exp_()[:, None]))
+            masses = depths.exp() if temperature == 1.0 else (depths / temperature).exp_()
+            tail = torch.linalg.vecdot(masses, in_tail)
+            # No draw is likelier than any of the head, so that the difference is as precise as its terms.
+            level = normaliser(masses.sum(1) - tail, log_rest)
+            scale = (-level).exp_()
+            probs.append(masses.mul_(scale[:, None]))
             rests.append(log_rest.exp())
             normalisers[temperature] = level
-            beside = 1 - torch.linalg.vecdot(masses, 1 - in_head) / rests[-1]
+            beside = 1 - tail * scale / rests[-1]
             left[temperature] = log_rest + beside.clamp_(min=_LEAST_SHARE).log_()
         at_one = normalisers.pop(1.0)
         # A draw stands for p at T = 1 over what it was drawn in proportion to.
-        drawn = counts * (probs[0] / sum(probs).clamp_(min=_TINY)) * (sum(rests) / self.draws)[:, None]
+        drawn = counts.mul_((sum(rests) / self.draws)[:, None])
+        if len(probs) > 1:
+            drawn.mul_(probs[0] / sum(probs).clamp_(min=_TINY))
         return SparseLogits(
-            ids=columns["ids"].long(),
-            log_probs=depths - at_one[:, None],
-            masses=probs[0].mul_(in_head).add_(drawn),
+            ids=columns["ids"],
+            log_probs=depths.sub_(at_one[:, None]),
+            masses=torch.addcmul(drawn, probs[0], in_tail.neg_().add_(1)),
             log_normalisers={t: level - at_one / t for t, level in normalisers.items()},
             entropies=dict(zip(self.temperatures, columns["entropies"].unbind(1), strict=True)),
             labels=labels,

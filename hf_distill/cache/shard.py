@@ -221,7 +221,7 @@ class Shard(Mapping[str, np.ndarray]):
         if entry["compression"] is not None:
             size = int(np.prod(shape)) * dtype.itemsize
             block = np.frombuffer(_codec(entry["compression"]).decompress(block, size, asbytes=True), dtype=np.uint8)
-        return block.view(dtype).reshape(shape)
+        return np.asarray(block.view(dtype).reshape(shape))  # each slice of a memmap has its own cost
 
     def _damaged(self, what: str) -> ValueError:
         return ValueError(

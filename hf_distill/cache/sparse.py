@@ -12,9 +12,18 @@ from torch import Tensor
 
 from hf_distill.cache.base import LogitsEncoding, at_least
 from hf_distill.cache.encoding import Arrays, Columns
-from hf_distill.cache.ids import MAX_PAYLOAD_BITS, SetReader, pack_sets
+from hf_distill.cache.ids import SetReader, pack_sets
 from hf_distill.cache.observe import Block, Spread, log_masses, log_probs_of
-from hf_distill.cache.values import normaliser, pack_scalars, quantise, read_scalars, restore
+from hf_distill.cache.values import (
+    MAX_BITS,
+    normaliser,
+    pack_codes,
+    pack_scalars,
+    quantise,
+    read_scalars,
+    restore,
+    unpack_codes,
+)
 from hf_distill.functional.sparse import SparseLogits
 
 
@@ -37,7 +46,7 @@ class TopK(LogitsEncoding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_head(self.k, self.bits, self.vocab_size, MAX_PAYLOAD_BITS)
+        check_head(self.k, self.bits, self.vocab_size)
 
     def look(self, block: Block, labels: Tensor, uniforms: Tensor | None) -> dict[str, Tensor]:
         """See `LogitsEncoding`."""
@@ -59,16 +68,18 @@ class TopK(LogitsEncoding):
     def pack(self, columns: Columns) -> Arrays:
         """See `Encoding`."""
         codes, steps = quantise(columns["log_probs"], self.bits)
-        arrays, _ = pack_sets(columns["ids"].numpy(), self.vocab_size, codes, self.bits)
-        return {**arrays, "steps": steps, **pack_scalars(columns)}
+        arrays, order = pack_sets(columns["ids"].numpy(), self.vocab_size)
+        codes = pack_codes(np.take_along_axis(codes, order, 1), self.bits)
+        return {**arrays, "codes": codes, "steps": steps, **pack_scalars(columns)}
 
     def open(self, arrays: Arrays) -> Callable[[np.ndarray], Columns]:
         """See `Encoding`."""
-        reader = SetReader(arrays, self.vocab_size, self.k, self.bits)
+        reader = SetReader(arrays, self.vocab_size, self.k)
 
         def read(numbers: np.ndarray) -> Columns:
-            ids, codes = reader(numbers)
-            log_probs = read_log_probs(codes, arrays["steps"][numbers], ids)
+            ids = reader(numbers)
+            codes = unpack_codes(arrays["codes"].take(numbers, 0), self.k, self.bits)
+            log_probs = read_log_probs(codes, arrays["steps"].take(numbers, 0), ids)
             return {"ids": torch.from_numpy(ids), "log_probs": log_probs, **read_scalars(arrays, numbers)}
 
         return read
@@ -80,8 +91,8 @@ class TopK(LogitsEncoding):
         levels = {t: normaliser((depths / t).exp_().sum(1), rest) for t, rest in rests.items()}
         at_one = levels.pop(1.0)
         return SparseLogits(
-            ids=columns["ids"].long(),
-            log_probs=depths - at_one[:, None],
+            ids=columns["ids"],
+            log_probs=depths.sub_(at_one[:, None]),
             masses=None,
             log_normalisers={t: level - at_one / t for t, level in levels.items()},
             entropies={1.0: columns["entropies"][:, 0]},
@@ -92,14 +103,14 @@ class TopK(LogitsEncoding):
         )
 
 
-def check_head(k: int, bits: int, vocab_size: int, most_bits: int) -> None:
+def check_head(k: int, bits: int, vocab_size: int) -> None:
     """Check the options of an exact head.
 
     Raises:
-        ValueError: `k` is not in [1, vocab_size], or `bits` not in [2, most_bits].
+        ValueError: `k` is not in [1, vocab_size], or `bits` not in [2, 10].
     """
     at_least("k", k, 1, vocab_size, f", the size of the vocabulary being {vocab_size}")
-    at_least("bits", bits, 2, most_bits)
+    at_least("bits", bits, 2, MAX_BITS)
 
 
 def known_ids(ids: Tensor, log_probs: Tensor) -> Tensor:
@@ -115,8 +126,5 @@ def label_log_probs(block: Block, labels: Tensor, spread: Spread) -> Tensor:
 def read_log_probs(codes: np.ndarray, steps: np.ndarray, ids: np.ndarray) -> Tensor:
     """Log-probabilities but for a constant of each token, -inf where there is no id."""
     log_probs = restore(codes, steps)
-    short = np.flatnonzero(ids[:, -1] < 0)  # unused slots are the last
-    if len(short) > 0:
-        rows = torch.from_numpy(short)
-        log_probs[rows] = log_probs[rows].masked_fill(torch.from_numpy(ids[short] < 0), -torch.inf)
+    log_probs.numpy().reshape(-1)[np.flatnonzero(ids.reshape(-1) < 0)] = -np.inf
     return log_probs

@@ -9,6 +9,8 @@ from torch import Tensor
 from hf_distill.cache.encoding import Arrays, Columns
 
 
+# Of a log-probability at most.
+MAX_BITS = 10
 # Half precision is off by this share of a number at most.
 HALF_ERROR = 2**-11
 # The logarithm of a mass that is told from 1: the smallest number of half precision.
@@ -42,6 +44,58 @@ def quantise(log_probs: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return codes.numpy().astype(np.uint16), steps.numpy()
 
 
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Numbers of some bits `[N, K]` as bytes of their tokens, `[N, B]` uint8.
+
+    The bits are split into groups of 8, 4, 2 or 1, and those of all K numbers follow one another group by group: a
+    table then has all that is in a byte at once.
+    """
+    planes = []
+    for shift, width in _groups(bits):
+        each = 8 // width
+        plane = (codes >> shift & (1 << width) - 1).astype(np.uint8)
+        plane = np.pad(plane, ((0, 0), (0, -plane.shape[1] % each))).reshape(len(codes), -1, each)
+        planes.append((plane << np.arange(0, 8, width, dtype=np.uint8)).sum(2, dtype=np.uint8))
+    return np.concatenate(planes, axis=1)
+
+
+def unpack_codes(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
+    """What `pack_codes` made of K = `count` numbers, `[M, K]`, in as few bytes a number as hold `bits`."""
+    codes: np.ndarray = np.empty(0)
+    start = 0
+    for shift, width in _groups(bits):
+        size = -(-count * width // 8)
+        table = _TABLES[shift % 8, width]
+        plane: np.ndarray = table.take(packed[:, start : start + size]).view(np.uint8)[:, :count]
+        start += size
+        if shift >= 8:
+            codes = codes | np.left_shift(plane, 8, dtype=np.uint16)
+        elif shift > 0:
+            codes |= plane
+        else:
+            codes = plane
+    return codes
+
+
+def _groups(bits: int) -> list[tuple[int, int]]:
+    """Groups of bits whose sizes divide a byte: where each begins, and its size, the largest first."""
+    groups, at = [], 0
+    for width in (8, 4, 2, 1):
+        while bits - at >= width:
+            groups.append((at, width))
+            at += width
+    return groups
+
+
+def _table(shift: int, width: int) -> np.ndarray:
+    """The numbers of some bits that are in each byte, shifted, side by side as the bytes of one integer, `[256]`."""
+    numbers = (np.arange(256)[:, None] >> np.arange(0, 8, width) & (1 << width) - 1) << shift
+    return numbers.astype(np.uint8).view(f"u{8 // width}").ravel()
+
+
+_TABLES = {(shift, width): _table(shift, width) for width in (8, 4, 2, 1) for shift in range(9 - width)}
+
+
 def restore(codes: np.ndarray, steps: np.ndarray) -> Tensor:
     """Log-probabilities `[M, K]`, but for a constant of each token."""
     return torch.from_numpy(codes).float().mul_(torch.from_numpy(-steps.astype(np.float32))[:, None])
@@ -57,13 +111,7 @@ def normaliser(mass: Tensor, log_rest: Tensor) -> Tensor:
     Returns:
         c, `[N]`.
     """
-    return mass.log_() - log_one_less(log_rest)
-
-
-def log_one_less(log_mass: Tensor) -> Tensor:
-    """log(1 - exp(x)) of x < 0, precise at both ends (Maechler, 2012)."""
-    large = log_mass > -0.6931
-    return torch.where(large, (-torch.expm1(log_mass)).log(), torch.log1p(-log_mass.where(~large, -1.0).exp()))
+    return mass.log_() - (-torch.expm1(log_rest)).log_()
 
 
 # What is kept of a token besides its ids, in half precision.
@@ -81,4 +129,4 @@ def pack_scalars(columns: Columns) -> dict[str, np.ndarray]:
 def read_scalars(arrays: Arrays, numbers: np.ndarray) -> dict[str, Tensor]:
     """What `pack_scalars` packed, of some tokens."""
     known = [name for name in _SCALARS if name in arrays]
-    return {name: torch.from_numpy(arrays[name][numbers].astype(np.float32)) for name in known}
+    return {name: torch.from_numpy(arrays[name].take(numbers, 0).astype(np.float32)) for name in known}

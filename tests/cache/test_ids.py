@@ -16,38 +16,34 @@ def random_sets(seed, count, slots, vocab_size, full=False, skewed=True):
     return ids
 
 
-def round_trip(ids, vocab_size, bits=0, numbers=None, seed=3):
-    payload = np.random.default_rng(seed).integers(0, 2**bits, ids.shape)
-    arrays, order = pack_sets(ids, vocab_size, payload if bits else None, bits)
+def round_trip(ids, vocab_size, numbers=None):
+    arrays, order = pack_sets(ids, vocab_size)
     numbers = np.arange(len(ids)) if numbers is None else numbers
-    found, codes = SetReader(arrays, vocab_size, ids.shape[1], bits)(numbers)
+    found = SetReader(arrays, vocab_size, ids.shape[1])(numbers)
     sorted_ids = np.take_along_axis(ids, order, 1)[numbers]
     np.testing.assert_array_equal(found, sorted_ids)
     used = sorted_ids >= 0
-    if bits:
-        np.testing.assert_array_equal(codes, np.where(used, np.take_along_axis(payload, order, 1)[numbers], 0))
     assert (np.diff(used.astype(int), axis=1) <= 0).all()
     assert (np.sort(order, axis=1) == np.arange(ids.shape[1])).all()
     return arrays
 
 
-@pytest.mark.parametrize("bits", [0, 1, 6, 8, 10])
 @pytest.mark.parametrize("full", [True, False], ids=["full", "with unused slots"])
 @pytest.mark.parametrize(("slots", "vocab_size"), [(1, 1), (1, 50), (7, 7), (50, 1000), (12, 4_001), (300, 320)])
-def test_sets_and_their_payload_come_back(slots, vocab_size, full, bits):
+def test_sets_come_back(slots, vocab_size, full):
     for seed in range(2):
-        round_trip(random_sets(seed, 60, slots, vocab_size, full), vocab_size, bits)
+        round_trip(random_sets(seed, 60, slots, vocab_size, full), vocab_size)
 
 
 def test_the_first_and_the_last_id_of_a_large_vocabulary_come_back():
     vocab_size = 300_000
     ids = np.array([[0, vocab_size - 1, 77], [vocab_size - 1, -1, -1], [-1, -1, 0]], dtype=np.int32)
-    round_trip(ids, vocab_size, 8)
+    round_trip(ids, vocab_size)
 
 
 def test_rare_ids_of_many_sets_fill_the_widest_buckets():
     ids = np.arange(2**17, dtype=np.int32).reshape(-1, 2)[:, ::-1].copy()
-    round_trip(ids, 2**17, 10)
+    round_trip(ids, 2**17)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (5, 4)])
@@ -59,15 +55,15 @@ def test_tokens_come_back_in_any_order():
     ids = random_sets(0, 2000, 9, 500)
     generator = np.random.default_rng(1)
     for numbers in (generator.permutation(2000), np.array([1999, 0, 0, 1999]), np.arange(63, 130), np.arange(0)):
-        round_trip(ids, 500, 5, numbers)
+        round_trip(ids, 500, numbers)
 
 
 def test_pieces_of_coding_and_reading_do_not_show(monkeypatch):
     ids = random_sets(0, 300, 9, 500)
-    whole = round_trip(ids, 500, 5)
+    whole = round_trip(ids, 500)
     monkeypatch.setattr(ids_module, "_PACKED_AT_ONCE", 7)
     monkeypatch.setattr(ids_module, "_IDS_READ_AT_ONCE", 50)
-    pieces = round_trip(ids, 500, 5)
+    pieces = round_trip(ids, 500)
     assert whole.keys() == pieces.keys()
     for name, array in whole.items():
         np.testing.assert_array_equal(pieces[name], array)
