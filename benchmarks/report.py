@@ -25,7 +25,7 @@ PLOT = RESULTS / "growth.png"
 # Terms of the reference, by the names of their shares.
 OWN = ("ce", "forward_kl", "taid")
 START, END = "<!-- tables -->", "<!-- end of the tables -->"
-SECTIONS = ("loss", "step", "labels", "cached", "build", "read", "taps")
+SECTIONS = ("loss", "step", "labels", "sizes", "cached", "build", "read", "taps")
 Row = dict[str, Any]
 
 

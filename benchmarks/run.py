@@ -6,7 +6,7 @@ objectives cost, and what they add; what soft labels on disk keep, and what they
     python benchmarks/run.py step [--write]
     python benchmarks/run.py taps [--cases ...] [--write]
     python benchmarks/run.py objectives [--cases ...] [--seeds 3] [--steps 20] [--write]
-    python benchmarks/run.py labels [--cases ...] [--write]
+    python benchmarks/run.py labels | sizes [--cases ...] [--write]
     python benchmarks/run.py build | read | cached [--cases ...] [--write]
 
 Cases take turns in one process, and the median turn of each counts; peaks come from a process each. `--write` adds
@@ -27,6 +27,7 @@ import loss
 import measure
 import objectives
 import report
+import sizes
 import step
 import taps
 
@@ -49,6 +50,7 @@ class Suite(NamedTuple):
 
 
 ONE_SETTING: dict[str, Any] = {"step": step.Setting(), "taps": step.Setting(), "labels": labels.Setting()}
+ONE_SETTING["sizes"] = sizes.Setting()
 ONE_SETTING |= dict.fromkeys(("build", "read", "cached"), cached.Setting())
 LEARNING = {**objectives.CASES, **objectives.FROM_DISK}
 SUITES = {
@@ -58,6 +60,7 @@ SUITES = {
     "taps": Suite(taps.measure, objectives.CASES, objectives.CASES),
     "objectives": Suite(objectives.run, LEARNING, LEARNING),
     "labels": Suite(labels.measure, labels.available(), labels.CASES),
+    "sizes": Suite(sizes.measure, sizes.CASES, sizes.CASES),
     "build": Suite(cached.measure_builds, cached.BUILDS, cached.BUILDS),
     "read": Suite(cached.measure_reads, cached.READS, cached.READS, (1,)),
     "cached": Suite(cached.measure_steps, cached.STEPS, cached.STEPS),

@@ -16,7 +16,7 @@ from hf_distill.cache.encoding import Columns, Decoder
 from hf_distill.cache.index import RowIndex
 from hf_distill.cache.manifest import SHARED, Manifest
 from hf_distill.cache.registry import encoding_from_config
-from hf_distill.cache.rows import Row
+from hf_distill.cache.rows import Row, unpack_ids
 from hf_distill.cache.shard import digest_of, map_shard
 from hf_distill.cache.writer import ENCODED
 from hf_distill.functional.sparse import SparseLogits
@@ -36,7 +36,7 @@ class OpenShard:
     Args:
         decode: Columns of tokens by number.
         starts: Where the ids of each row begin in `ids`, and the end, `[R + 1]`.
-        ids: Of all rows, one after another.
+        ids: Of all rows, one after another, as `pack_ids` has them.
         kept: Of all rows, one after another, bool; a row has one less than ids. None where all are kept.
         tokens: The number of the first kept token of each row, `[R]`.
     """
@@ -50,7 +50,7 @@ class OpenShard:
     def row(self, number: int) -> Row:
         """A row as it was written."""
         start, stop = self.starts[number : number + 2]
-        return Row(self.ids[start:stop].astype(np.int32), self.kept_of(number))
+        return Row(unpack_ids(self.ids[start:stop]), self.kept_of(number))
 
     def kept_of(self, number: int) -> np.ndarray:
         """Which positions of a row were kept, `[L - 1]` bool."""

@@ -20,11 +20,11 @@ ENCODINGS: dict[str, type[BaseEncoding]] = {
 
 
 # Bytes that a token takes at most at a vocabulary of 152k, of all arrays of a shard of 100k tokens and of their input
-# ids, on text of which the teacher is unsure (4.9 nats a token); "base" and "large" also with a second temperature.
+# ids, with a teacher that is unsure (`benchmarks/run.py sizes`); "base" and "large" also with a second temperature.
 BUDGETS = {"nano": 40, "small": 64, "base": 130, "large": 260}
 # By the names of budgets: an encoding and its options.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "nano": ("sampled", {"draws": 32}),
+    "nano": ("sampled", {"draws": 30}),
     "small": ("topk_tail", {"k": 8, "draws": 13, "bits": 6}),
     "base": ("topk_tail", {"k": 16, "draws": 32, "bits": 6}),
     "large": ("topk_tail", {"k": 64, "draws": 48, "bits": 6}),

@@ -21,6 +21,18 @@ def row_key(ids: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(ids, dtype="<i4").tobytes(), digest_size=KEY_BYTES).digest()
 
 
+def pack_ids(ids: np.ndarray) -> np.ndarray:
+    """Token ids `[L]` in as many bytes each as the greatest needs, but 2 at least: `[L, B]` uint8."""
+    size = max((int(ids.max(initial=0)).bit_length() + 7) // 8, 2)
+    return ids.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :size]
+
+
+def unpack_ids(packed: np.ndarray) -> np.ndarray:
+    """What `pack_ids` packed, `[L]` int32."""
+    padded = np.pad(packed, ((0, 0), (0, 4 - packed.shape[1])))
+    return padded.view("<u4").reshape(-1).astype(np.int32)
+
+
 @dataclass(frozen=True)
 class Row:
     """One sequence: of a packed row of a dataset, one of its documents.

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from hf_distill.cache.encoding import Arrays, Columns, Encoding
 from hf_distill.cache.manifest import BUILDING, SHARED, Identity, Manifest
 from hf_distill.cache.plan import Plan
-from hf_distill.cache.rows import KEY_BYTES, Row
+from hf_distill.cache.rows import KEY_BYTES, Row, pack_ids
 from hf_distill.cache.shard import UNFINISHED, Shard, ShardEntry, digest_of, write_shard, written_whole
 from hf_distill.cache.source import Source
 
@@ -137,11 +137,10 @@ def _in_order(rows: list[Row], order: np.ndarray, pieces: list[Columns]) -> Colu
 
 def _row_arrays(rows: list[Row]) -> Arrays:
     """What is kept of the rows themselves."""
-    ids = np.concatenate([row.ids for row in rows])
     kept = np.concatenate([row.kept for row in rows])
     arrays = {
         "keys": np.frombuffer(b"".join(row.key for row in rows), dtype=np.uint8).reshape(-1, KEY_BYTES),
         "lengths": np.array([len(row.ids) for row in rows], dtype=np.int32),
-        "ids": ids.astype(np.uint16 if ids.max() < 2**16 else np.uint32),
+        "ids": pack_ids(np.concatenate([row.ids for row in rows])),
     }
     return arrays if kept.all() else arrays | {"kept": np.packbits(kept)}

@@ -15,7 +15,7 @@ from hf_distill.cache import writer as writers
 from hf_distill.cache.build import build_cache
 from hf_distill.cache.manifest import BUILDING, MANIFEST, Manifest, save_identity
 from hf_distill.cache.registry import encoding_from_config
-from hf_distill.cache.rows import Row, rows_of
+from hf_distill.cache.rows import Row, rows_of, unpack_ids
 from hf_distill.cache.shard import map_shard
 from hf_distill.cache.source import LocalSource, uniforms_of
 from hf_distill.cache.writer import ENCODED
@@ -60,7 +60,7 @@ def test_a_cache_holds_what_the_encoding_makes_of_the_teacher_row_by_row(tmp_pat
         packed = {name.removeprefix(ENCODED): array for name, array in arrays.items() if name.startswith(ENCODED)}
         stored = kind.open(packed)(np.arange(entry.tokens))
         own = [next(rows_of(next(data))) for _ in range(entry.rows)]
-        assert arrays["ids"].tolist() == np.concatenate([row.ids for row in own]).tolist()
+        assert unpack_ids(arrays["ids"]).tolist() == np.concatenate([row.ids for row in own]).tolist()
         pieces = [alone.columns([row]) for row in own]
         again = kind.pack({name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
         expected = kind.open(again)(np.arange(entry.tokens))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_distill.cache.rows import row_key, rows_of
+from hf_distill.cache.rows import pack_ids, row_key, rows_of, unpack_ids
 
 
 def pieces(**example):
@@ -46,3 +46,13 @@ def test_documents_of_a_packed_row_are_rows_of_their_own(bounds):
 def test_what_does_not_fit_is_refused(example, message):
     with pytest.raises(ValueError, match=message):
         list(rows_of(example))
+
+
+@pytest.mark.parametrize(("greatest", "size"), [(0, 2), (2**16 - 1, 2), (2**16, 3), (2**24 - 1, 3), (2**24, 4)])
+def test_ids_take_as_many_bytes_as_the_greatest_needs(greatest, size):
+    ids = np.array([3, greatest, 0, 255], dtype=np.int32)
+    packed = pack_ids(ids)
+    assert packed.shape == (4, size)
+    assert unpack_ids(packed).dtype == np.int32
+    np.testing.assert_array_equal(unpack_ids(packed), ids)
+    assert unpack_ids(packed[:0]).shape == (0,)
