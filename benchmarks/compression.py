@@ -3,7 +3,8 @@
     python benchmarks/compression.py depth        # layers or neurons, at equal parameters
     python benchmarks/compression.py importance   # by what neurons are chosen, at equal parameters
     python benchmarks/compression.py scratch      # cut from the teacher, or new weights, at equal size
-    python benchmarks/compression.py choices      # the students of recipes/compress_smollm2.py on more choices
+    python benchmarks/compression.py choices      # the students of recipes/compress_smollm2.py on more choices, and
+                                                  # what rounding to int8 takes from them
 
 Settings: --steps (0: before any training), --seeds. Runs that are done are not run again. Loss: half cross-entropy,
 half forward KL. Each seed has its own order of the rows, calibration included.
@@ -12,6 +13,7 @@ half forward KL. Each seed has its own order of the rows, calibration included.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from hf_distill import KDConfig, KDTrainer, load_teacher
 from hf_distill.evaluation import MultipleChoice, RetentionReport, compare_retention
 from hf_distill.evaluation.rows import collate
 from hf_distill.pipelines import CompressConfig, compress
+from hf_distill.pipelines.measuring import MEASURED
+from hf_distill.pipelines.steps import load_stage
 from hf_distill.students import student_from_config
 
 
@@ -37,6 +41,7 @@ CUTS = {
     "992 of 1536 neurons": {"intermediate_size": 992, "round_to": 32},
 }
 LOSSES = ("CE", "KD", "CE+KD")
+STAGES = {"": "2-KD", " + int8": "3-Q"}
 METHODS = ("activation", "taylor", "fisher", "weight")
 TRAINER = ("max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps", "bf16")
 
@@ -45,6 +50,9 @@ def pruned(folder: Path, steps: int, seed: int, **changed: Any) -> RetentionRepo
     """A student cut from the teacher, after its training."""
     order = "P-KD" if steps else "P"
     args = CompressConfig(str(folder), order=order, **(settings(max(steps, 2), seed) | changed))
+    if (known := next(folder.parent.glob(f"*/{MEASURED}"), None)) is not None and not folder.exists():
+        folder.mkdir()
+        shutil.copy(known, folder)  # the same teacher on the same benchmarks
     report = compress(TEACHER, TRAIN.shuffle(seed), args, benchmarks=benchmarks(), tokenizer=TOKENIZER).report
     assert report is not None  # benchmarks were given
     return report
@@ -68,14 +76,19 @@ def from_scratch(folder: Path, steps: int, seed: int) -> RetentionReport:
 
 
 def on_more_choices(made: Path, seeds: int, items: int) -> dict[str, list[RetentionReport]]:
-    """The distilled students that the recipe left, on so many choices, by loss."""
-    names = {f"{name}-{seed}": made / f"{name}-{seed}" / "2-KD" for seed in range(seeds) for name in LOSSES}
+    """The distilled students that the recipe left, and these rounded, on so many choices, by loss."""
     load = {"attn_implementation": "eager"}
-    students = {name: AutoModelForCausalLM.from_pretrained(folder, **load) for name, folder in names.items()}
+    names = {f"{loss}{suffix}": (loss, stage) for loss in LOSSES for suffix, stage in STAGES.items()}
+    folders = {
+        f"{name}-{seed}": made / f"{loss}-{seed}" / stage
+        for seed in range(seeds)
+        for name, (loss, stage) in names.items()
+    }
+    students = {name: load_stage(folder, **load) for name, folder in folders.items()}
     teacher = load_teacher(TEACHER, dtype="bfloat16", **load)
     chosen = [MultipleChoice(continuations(items), name="continuation")]
     reports = compare_retention(students, teacher, chosen, TOKENIZER)
-    return {name: [reports[f"{name}-{seed}"] for seed in range(seeds)] for name in LOSSES}
+    return {name: [reports[f"{name}-{seed}"] for seed in range(seeds)] for name in names}
 
 
 def main() -> None:
@@ -84,7 +97,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--made", type=Path, default=Path("outputs/compress"), help="of the recipe")
-    parser.add_argument("--items", type=int, default=400)
+    parser.add_argument("--items", type=int, default=744, help="of `choices`; 744 can be made")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compression"))
     flags = parser.parse_args()
     root = flags.output_dir / f"{flags.study}-{flags.steps}"
