@@ -30,9 +30,10 @@ def add_to(commands: Any) -> None:
 
 def _audit(options: argparse.Namespace) -> int:
     from hf_distill import load_teacher
-    from hf_distill.cli.data import first_rows, load, scored_rows
+    from hf_distill.cli.data import check_output, first_rows, load, scored_rows
     from hf_distill.evaluation import MemorizationReport, audit_memorization
 
+    check_output(options.json, "--json")
     before = None if options.before is None else MemorizationReport.load(options.before)
     given = {"rows": options.rows, "assistant_only_loss": options.assistant_only_loss}
     members = first_rows(load(options.members, options.members_split, "--members"), **given)

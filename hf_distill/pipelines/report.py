@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_distill.cards import Table
 from hf_distill.evaluation import RetentionReport
-from hf_distill.evaluation.json_file import read_json, write_json
+from hf_distill.evaluation.json_file import load_json, write_json
 from hf_distill.evaluation.tables import format_interval, format_share, markdown_table
 
 
@@ -95,7 +95,7 @@ class CompressReport:
     @classmethod
     def load(cls, path: str | Path) -> CompressReport:
         """Read what `save` wrote."""
-        return cls.from_dict(read_json(path, "the report of a compression"))
+        return load_json(path, "the report of a compression", cls.from_dict)
 
     def __str__(self) -> str:
         table = self.table()
