@@ -40,6 +40,7 @@ def add_to(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from hf_distill import evaluate_retention, load_teacher
     from hf_distill.cli.data import check_output, load, scored_rows
+    from hf_distill.cli.models import check_same_tokens
     from hf_distill.evaluation import (
         Benchmark,
         ClassificationAccuracy,
@@ -66,11 +67,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     names = () if dataset is None else options.metrics or DEFAULTS[teacher.task]
     benchmarks: list[Benchmark] = [kinds[name](dataset, max_length=options.max_length) for name in names]
     benchmarks += tasks
-    student, baseline = (
-        None if name is None else load_teacher(name, dtype=options.dtype, task=teacher.task).model
-        for name in (options.student, options.baseline)
-    )
-    report = evaluate_retention(student, teacher, benchmarks, teacher.tokenizer, baseline)
+    given = {"--student": options.student} | ({"--baseline": options.baseline} if options.baseline else {})
+    models = {flag: load_teacher(name, dtype=options.dtype, task=teacher.task) for flag, name in given.items()}
+    for flag, model in models.items():
+        check_same_tokens(teacher.tokenizer, model.tokenizer, ("--teacher", flag))
+    student, *baseline = (model.model for model in models.values())
+    report = evaluate_retention(student, teacher, benchmarks, teacher.tokenizer, *baseline)
     print(report)
     if options.out is not None:
         report.save(options.out)

@@ -46,6 +46,24 @@ def tokenizer_of(name: str, flag: str) -> Any:
         raise _unreadable("tokenizer", name, flag, error) from error
 
 
+def check_same_tokens(first: Any, second: Any, flags: tuple[str, str]) -> None:
+    """Check that two models read one text as the same ids, where both have a tokenizer.
+
+    Raises:
+        ValueError: An id is one token to the first and another to the second.
+    """
+    if first is None or second is None:
+        return
+    from hf_distill.vocabularies import disagreement
+
+    count, _ = disagreement(first.get_vocab(), second.get_vocab())
+    if count:
+        raise ValueError(
+            f"`{flags[0]}` and `{flags[1]}` have different tokenizers: {count} tokens disagree, so what they "
+            "say of one text cannot be compared; give models of one family."
+        )
+
+
 def _unreadable(what: str, name: str, flag: str, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())
     return ValueError(

@@ -39,6 +39,8 @@ CASES = [
     (f"evaluate {MODELS} --dataset texts.jsonl --out folder", "`--out` is folder, which is a folder"),
     ("evaluate --student cut --teacher teacher --dataset texts.jsonl", "cut short or damaged"),
     ("evaluate --student nowhere --teacher teacher --dataset texts.jsonl", "No model can be read from 'nowhere'"),
+    ("evaluate --student foreign --teacher teacher --dataset texts.jsonl", "have different tokenizers: 1 tokens"),
+    (f"audit --members texts.jsonl {SIDES} student --reference foreign", "`--model` and `--reference` have different"),
     (f"diagnose {MODELS} --dataset texts.jsonl --trainer-state no.json", "There is no file no.json"),
     (f"diagnose {MODELS} --dataset numbers.jsonl", "has 3 in `text`; expected a string"),
     (f"diagnose {MODELS} --dataset texts.jsonl --json folder", "`--json` is folder, which is a folder"),
@@ -93,6 +95,10 @@ def folder(tmp_path_factory):
     for name, layers in (("student", 2), ("teacher", 3), ("cut", 2)):
         tiny.model(layers=layers).save_pretrained(folder / name)
         tiny.tokenizer().save_pretrained(folder / name)
+    tiny.model().save_pretrained(folder / "foreign")
+    foreign = tiny.tokenizer(vocab_size=299)
+    foreign.add_tokens(["zebra"])
+    foreign.save_pretrained(folder / "foreign")
     weights = folder / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     get_peft_model(tiny.model(), LoraConfig(r=2, target_modules="all-linear")).save_pretrained(folder / "adapter")
