@@ -42,8 +42,8 @@ class Footprint:
     weight_bytes: int
     tokens_per_second: float | None
     peak_bytes: int | None
-    dtype: str
-    device: str
+    dtype: str | None
+    device: str | None
 
 
 def footprint(name: str, model: nn.Module, speed: float | None = None) -> Footprint:
