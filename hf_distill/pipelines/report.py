@@ -17,8 +17,8 @@ from hf_distill.pipelines.arguments import DISTIL, PRUNE, QUANTIZE
 
 KEPT = "Retention: the mean over the benchmarks that have one, with its 95 % interval, against the first row."
 COST = (
-    "Size: the weight files. tokens/s: forward passes over 4 rows of up to 128 tokens on the machine that made the "
-    "models."
+    "Size: the weight files. tokens/s: forward passes over 4 rows of up to 128 tokens, by turns on the machine that "
+    "made the models."
 )
 WORDS = {PRUNE: "pruned", DISTIL: "distilled", QUANTIZE: "quantised"}
 SIZES = ("parameters (M)", "size (MB)", "tokens/s")

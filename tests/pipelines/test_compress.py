@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -90,7 +91,12 @@ def test_what_is_done_is_not_done_again(teacher, config, benchmarks, tmp_path):
     assert compress(teacher, DATA, config(order="P-KD"), benchmarks=benchmarks) == first
     assert folder.stat().st_mtime_ns == written
     longer = compress(teacher, DATA, config(), benchmarks=benchmarks)
-    assert longer.rows[:3] == first.rows
+    # Speeds of two runs do not compare, so that all are measured again beside that of the new model.
+    known = [replace(row, tokens_per_second=0.0) for row in longer.rows[:3]]
+    assert known == [replace(row, tokens_per_second=0.0) for row in first.rows]
+    assert all(
+        row.tokens_per_second != old.tokens_per_second for row, old in zip(longer.rows, first.rows, strict=False)
+    )
     assert folder.stat().st_mtime_ns == written
 
 
