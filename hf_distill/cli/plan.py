@@ -42,6 +42,10 @@ def _plan(options: argparse.Namespace) -> int:
         value = getattr(options, flag)
         if not 0 < value < math.inf:
             raise ValueError(f"`--{flag.replace('_', '-')}` is {value:g}; expected a number above 0.")
+    for flag in ("gpus", "batch", "accumulate", "length", "lora_rank"):
+        value = getattr(options, flag)
+        if value < 1:
+            raise ValueError(f"`--{flag.replace('_', '-')}` is {value}; expected a whole number of at least 1.")
     configs = config_of(options.teacher, "--teacher"), config_of(options.student, "--student")
     candidates = {name: parameter_count(config_of(name, "--candidates")).total for name in options.candidates}
     settings = {
