@@ -94,9 +94,11 @@ def _teacher(teacher: str, name: str | None, vocab_size: int | None) -> Any:
 def _rows(options: argparse.Namespace) -> tuple[Any, Any]:
     """A dataset of token ids, and the tokenizer if one is named or was needed."""
     from hf_distill.cli.data import load
+    from hf_distill.cli.models import tokenizer_of
     from hf_distill.cli.prepare import prepare
 
-    dataset, tokenizer = load(options.dataset, options.split), _tokenizer(options.tokenizer)
+    dataset = load(options.dataset, options.split)
+    tokenizer = options.tokenizer and tokenizer_of(options.tokenizer, "--tokenizer")
     if "input_ids" in dataset.column_names:
         if options.max_length is not None or options.assistant_only_loss:
             raise ValueError(
@@ -106,16 +108,9 @@ def _rows(options: argparse.Namespace) -> tuple[Any, Any]:
         return dataset, tokenizer
     if tokenizer is None and options.teacher_model is not None:
         raise ValueError("`--dataset` holds texts, and the teacher is a server: name its tokenizer by `--tokenizer`.")
-    tokenizer = tokenizer or _tokenizer(options.teacher)
+    tokenizer = tokenizer or tokenizer_of(options.teacher, "--teacher")
     given = {"max_length": options.max_length, "assistant_only_loss": options.assistant_only_loss}
     return prepare(dataset, tokenizer, **given), tokenizer
-
-
-def _tokenizer(name: str | None) -> Any:
-    """A tokenizer, if there is a name."""
-    from transformers import AutoTokenizer
-
-    return None if name is None else AutoTokenizer.from_pretrained(name)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -148,9 +143,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _import_distillkit(options: argparse.Namespace) -> None:
     from hf_distill.cache import import_distillkit
+    from hf_distill.cli.models import tokenizer_of
 
     settings = {name: value for name, value in vars(options).items() if name != "run"}
-    done = import_distillkit(**settings | {"tokenizer": _tokenizer(options.tokenizer)})
+    settings["tokenizer"] = options.tokenizer and tokenizer_of(options.tokenizer, "--tokenizer")
+    done = import_distillkit(**settings)
     print(
         f"{done.tokens:,} tokens read; the ids of {done.heavy_tokens:,} had more than all of the probability, at most "
         f"{done.heaviest:.4g}, and were scaled down to 1; the labels of {done.unknown_labels:,} were not among the ids"

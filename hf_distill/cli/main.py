@@ -25,9 +25,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         return options.run(options) or 0
-    except (ValueError, OSError, ImportError) as error:
-        print(f"hf-distill: {error}", file=sys.stderr)
+    except _faults_of_the_input() as error:
+        print(f"hf-distill: {_what_is_wrong(error)}", file=sys.stderr)
         return 2
+
+
+def _faults_of_the_input() -> tuple[type[Exception], ...]:
+    """What the files and arguments of a user raise; imported when something is raised, so that help stays quick."""
+    from safetensors import SafetensorError
+    from yaml import YAMLError
+
+    return ValueError, OSError, ImportError, SafetensorError, YAMLError
+
+
+def _what_is_wrong(error: Exception) -> str:
+    kind = type(error).__name__
+    if kind == "SafetensorError":  # it names no file
+        return f"A file of weights is cut short or damaged ({error}); save or download the model again."
+    return str(error) or kind
 
 
 if __name__ == "__main__":

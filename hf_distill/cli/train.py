@@ -39,14 +39,16 @@ def _train(options: argparse.Namespace) -> None:
 
     from hf_distill import KDSFTConfig
 
-    script, args, model = TrlParser((ScriptArguments, KDSFTConfig, ModelConfig)).parse_args_and_config(options.flags)
-    for name, value in (
-        ("--model_name_or_path", model.model_name_or_path),
-        ("--dataset_name", script.dataset_name),
-        ("--output_dir", args.output_dir),
-    ):
+    # First alone: what is missing is to be said before what this machine cannot do.
+    script, model, _ = TrlParser((ScriptArguments, ModelConfig)).parse_args_and_config(
+        options.flags, return_remaining_strings=True, fail_with_unknown_args=False
+    )
+    for name, value in (("--model_name_or_path", model.model_name_or_path), ("--dataset_name", script.dataset_name)):
         if value is None:
             raise ValueError(f"`{name}` is missing; see `hf-distill train --help`.")
+    script, args, model = TrlParser((ScriptArguments, KDSFTConfig, ModelConfig)).parse_args_and_config(options.flags)
+    if args.output_dir is None:
+        raise ValueError("`--output_dir` is missing; see `hf-distill train --help`.")
     _distil(script, args, model, options.eval_dataset)
 
 
@@ -56,8 +58,11 @@ def _distil(script: Any, args: Any, model: Any, eval_dataset: str | None) -> Non
 
     from hf_distill import KDSFTTrainer
     from hf_distill.cli.data import load
+    from hf_distill.cli.models import config_of
     from hf_distill.evaluation import KLDivergence, Perplexity, Top1Agreement
 
+    source = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
+    config_of(model.model_name_or_path, "--model_name_or_path", **source)
     options = {
         "revision": model.model_revision,
         "dtype": model.dtype,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_distill.students import PruneSpec
+from hf_distill.students.importance import METHODS
 from hf_distill.training.arguments import KDConfig
 
 
@@ -66,10 +67,14 @@ class CompressConfig(KDConfig):
         prune = self.prune.to_dict() if isinstance(self.prune, PruneSpec) else _mapping("prune", self.prune)
         self.prune = _spec(prune or {"params_ratio": 0.7}).to_dict()
         self.importance = _mapping("importance", self.importance)
+        if unknown := sorted((self.importance or {}).keys() - METHODS.keys()):
+            raise ValueError(f"`importance` has {unknown}; expected a method for some of {list(METHODS)}.")
         self.model_kwargs = _mapping("model_kwargs", self.model_kwargs)
         for name in ("adapt_teacher", "calibration_tokens"):
             if getattr(self, name) < (name == "calibration_tokens"):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number of {name.split('_')[1]}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"`max_length` is {self.max_length}; expected at least 2 tokens, for example 512.")
         steps = self.steps
         trains_rounding = QUANTIZE in steps and DISTIL in steps[steps.index(QUANTIZE) :]
         if trains_rounding and self.quantization not in TRAINABLE:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_distill.anatomy import task_of
-from hf_distill.evaluation.rows import check_dataset, tokenize
+from hf_distill.evaluation.rows import check_dataset, count_targets, tokenize
 from hf_distill.pipelines.arguments import PRUNE, QUANTIZE, CompressConfig
 from hf_distill.quantization import quantization_of
 from hf_distill.skeletons import skeleton
@@ -81,12 +81,18 @@ def rows_of(dataset: Any, config: PreTrainedConfig, tokenizer: Any, max_length: 
     """The training rows as token ids and labels.
 
     Raises:
-        ValueError: The dataset has neither text nor ids, or there is no tokenizer for its text.
+        ValueError: The dataset has neither text nor ids, there is no tokenizer for its text, or nothing to predict.
     """
     check_dataset(dataset)
     if {"input_ids", "labels"} <= set(dataset.column_names) and max_length is None:
         return dataset.select_columns(["input_ids", "labels"])
-    return Dataset.from_list([dict(row) for row in tokenize(dataset, task_of(config), tokenizer, max_length)])
+    task = task_of(config)
+    rows = tokenize(dataset, task, tokenizer, max_length)
+    if not any(count_targets(row, task) for row in rows):
+        raise ValueError(
+            f"`dataset` ({len(dataset)} rows) has nothing to predict: its texts are empty, or every label is -100."
+        )
+    return Dataset.from_list([dict(row) for row in rows])
 
 
 def load_config(teacher: str) -> PreTrainedConfig:

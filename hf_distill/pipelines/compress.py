@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.anatomy import task_of
-from hf_distill.cards import DistillationCard, installed_versions, write_card
+from hf_distill.cards import DistillationCard, draw_plots, installed_versions, write_card
 from hf_distill.evaluation import Benchmark
 from hf_distill.pipelines.arguments import DISTIL, PRUNE, QUANTIZE, CompressConfig
 from hf_distill.pipelines.checks import (
@@ -26,7 +26,7 @@ from hf_distill.pipelines.checks import (
     rows_of,
 )
 from hf_distill.pipelines.measuring import ADAPTED, TEACHER, Made, measure_all
-from hf_distill.pipelines.report import CompressReport
+from hf_distill.pipelines.report import WORDS, CompressReport
 from hf_distill.pipelines.stage import Stage
 from hf_distill.pipelines.steps import ACTIONS, Context, adapt_step, methods_of
 from hf_distill.training.card import hyperparameters_of, losses_of
@@ -35,7 +35,6 @@ from hf_distill.training.terms import build_objectives
 
 
 REPORT = "compress.json"
-WORDS = {PRUNE: "pruned", DISTIL: "distilled", QUANTIZE: "quantised"}
 Action = Callable[[Context, str, Path, Path], dict[str, Any]]
 
 
@@ -46,6 +45,7 @@ def compress(
     *,
     benchmarks: Sequence[Benchmark] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> CompressReport:
     """Compress a model: prune it, distil it from what it was, and quantise it, in the order that is asked for.
 
@@ -63,9 +63,11 @@ def compress(
         args: The settings; `output_dir` is the folder of the pipeline.
         benchmarks: Measured on the teacher and after every stage; without any, sizes and speeds alone are.
         tokenizer: That of the teacher if None.
+        card: What only you know, fields of `hf_distill.cards.DistillationCard`: names, licences, datasets, commands.
 
     Returns:
-        What every stage left; also in `output_dir/compress.json` and on the card in the last stage's folder.
+        What every stage left; also in `output_dir/compress.json` and on the card in the last stage's folder, with
+        plots where matplotlib is installed.
 
     Raises:
         ValueError: An argument is wrong, the model is quantised or has adapters, its family cannot be pruned, the
@@ -77,6 +79,8 @@ def compress(
         >>> print(compress("HuggingFaceTB/SmolLM2-135M-Instruct", dataset, args, benchmarks=[Perplexity(held_out)]))
     """
     args = check_config(args, CompressConfig)
+    if unknown := sorted((card or {}).keys() - DistillationCard.__dataclass_fields__.keys()):
+        raise ValueError(f"`card` has {unknown}; expected some of {sorted(DistillationCard.__dataclass_fields__)}.")
     name = check_teacher(teacher)
     config = load_config(name)
     tokenizer = tokenizer or load_tokenizer(name)
@@ -99,7 +103,8 @@ def compress(
     measured = measure_all(models, benchmarks, tokenizer, Path(args.output_dir), context.model_kwargs)
     report = CompressReport(args.order, tuple(measured), Path(source).name)
     report.save(Path(args.output_dir) / REPORT)
-    write_card(_card(report, args, name, task_of(config)), source)
+    known = _card(report, args, name, task_of(config)) | {"plots": draw_plots(report.beside_stages(), source)}
+    write_card(DistillationCard(**(known | dict(card or {}))), source)
     return report
 
 
@@ -125,27 +130,42 @@ def _stages(args: CompressConfig, model: str, data: str) -> list[tuple[Stage, Ac
     return stages
 
 
-def _card(report: CompressReport, args: CompressConfig, teacher: str, task: str) -> DistillationCard:
-    """The card of the last model: what was done, and what was left after every stage."""
+def _card(report: CompressReport, args: CompressConfig, teacher: str, task: str) -> dict[str, Any]:
+    """What the card of the last model says: what was done, and what was left after every stage."""
     facts: dict[str, Any] = {}
     for row in report.rows[1:]:
         if row.name != ADAPTED:
             facts |= row.facts
     trained = "steps" in facts
-    how = [f"{step}: {WORDS[step]}" for step in args.steps]
     cut = facts.get("prune")
     sizes = "" if cut is None else f"; {cut['parameters_after'] / cut['parameters_before']:.1%} of its parameters"
-    return DistillationCard(
-        name=f"{Path(teacher).name}, {report.order}",
-        teacher=teacher,
-        base_model=teacher,
-        student=f"made in the order {report.order}{sizes}",
-        task=task,
-        losses=losses_of(args.ce_weight, build_objectives(args, None)) if trained else (),
-        steps=facts.get("steps"),
-        seed=args.seed if trained else None,
-        hyperparameters={**(hyperparameters_of(args) if trained else {}), "stages": "; ".join(how)},
-        report=report.report,
-        comparison=report.table(),
-        versions=installed_versions(),
-    )
+    return {
+        "name": f"{Path(teacher).name}, {report.order}",
+        "teacher": teacher,
+        "base_model": teacher,
+        "student": f"made in the order {report.order}{sizes}",
+        "task": task,
+        "losses": losses_of(args.ce_weight, build_objectives(args, None)) if trained else (),
+        "steps": facts.get("steps"),
+        "seed": args.seed if trained else None,
+        "hyperparameters": (hyperparameters_of(args) if trained else {}) | _stages_in_words(args, facts),
+        "report": report.beside_stages(),
+        "baseline": "the models that the stages before left" if len(args.steps) > 1 else None,
+        "comparison": report.measured() if report.report else None,
+        "measurements": report.cost(),
+        "versions": installed_versions(),
+    }
+
+
+def _stages_in_words(args: CompressConfig, facts: Mapping[str, Any]) -> dict[str, str]:
+    """What each stage was asked for."""
+    said = {"stages": "; ".join(f"{step}: {WORDS[step]}" for step in args.steps)}
+    if "prune" in facts:
+        spec = args.spec.to_dict()
+        given = {name: value for name, value in spec.items() if value is not None and name != "round_to"}
+        said["cut to"] = ", ".join(f"{name}={value}" for name, value in given.items())
+    if "quantize" in facts:
+        said["rounded"] = (
+            f"{args.quantization}, {facts['quantize']['bits_per_weight']:.3g} bits per weight in the mean"
+        )
+    return said

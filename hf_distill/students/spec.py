@@ -52,6 +52,8 @@ class PruneSpec:
 
     def __post_init__(self) -> None:
         if self.drop_layers is not None:
+            if not all(isinstance(layer, int) for layer in self.drop_layers):
+                raise ValueError(f"`drop_layers` is {self.drop_layers!r}; expected numbers of layers, such as [3, 4].")
             object.__setattr__(self, "drop_layers", tuple(sorted(self.drop_layers)))
             if len(set(self.drop_layers)) < len(self.drop_layers):
                 raise ValueError(f"`drop_layers` is {list(self.drop_layers)}; expected every layer once.")
@@ -59,8 +61,9 @@ class PruneSpec:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` is {value!r}; expected a whole number >= 1.")
-        if self.params_ratio is not None and not 0 < self.params_ratio < 1:
-            raise ValueError(f"`params_ratio` is {self.params_ratio}; expected a share between 0 and 1, such as 0.7.")
+        ratio = self.params_ratio
+        if ratio is not None and (not isinstance(ratio, int | float) or not 0 < ratio < 1):
+            raise ValueError(f"`params_ratio` is {ratio!r}; expected a share between 0 and 1, such as 0.7.")
         if all(getattr(self, name) is None for name in (*COUNTS, "drop_layers", "params_ratio")):
             raise ValueError("The spec asks for nothing; give a size, for example `PruneSpec(params_ratio=0.7)`.")
 
