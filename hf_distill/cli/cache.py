@@ -53,7 +53,9 @@ def add_to(commands: Any) -> None:
     kit = actions.add_parser("import-distillkit", help="make a cache of the parquet files of DistillKit")
     kit.add_argument("path", type=Path, metavar="SRC", help="folder of its files")
     kit.add_argument("out", type=Path, metavar="OUT", help="folder of the cache")
-    kit.add_argument("--config", type=Path, help="its compression config (default: the one in the folder)")
+    kit.add_argument(
+        "--compression-config", type=Path, dest="config", help="its compression_config.yaml (default: in the folder)"
+    )
     kit.add_argument("--tokenizer", help="that the files were made with; its pad token is dropped from their rows")
     kit.add_argument("--teacher", help="name of the model that gave the distributions")
     kit.add_argument("--max-mass", type=float, default=1.01, help="of a token's ids (default: %(default)s)")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_distill.cli import audit, cache, card, compress, diagnose, evaluate, plan, push, train
+from hf_distill.cli import audit, cache, card, compress, config, diagnose, evaluate, plan, push, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,12 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (train, compress, cache, plan, evaluate, diagnose, audit, card, push):
         command.add_to(commands)
-    options, flags = parser.parse_known_args(arguments)
-    if getattr(options, "takes_flags", False):
-        options.flags = flags
-    elif flags:
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    config.add_to(parser)
     try:
+        options, flags = parser.parse_known_args(config.expand(sys.argv[1:] if arguments is None else arguments))
+        if getattr(options, "takes_flags", False):
+            options.flags = flags
+        elif flags:
+            parser.error(f"unrecognized arguments: {' '.join(flags)}")
         return options.run(options) or 0
     except _faults_of_the_input() as error:
         print(f"hf-distill: {_what_is_wrong(error)}", file=sys.stderr)

@@ -39,7 +39,12 @@ def folder(tmp_path):
     path = tmp_path / "student"
     tiny.model("llama").save_pretrained(path)
     tiny.tokenizer().save_pretrained(path)
-    for name in ("checkpoint-4/model.safetensors", "runs/events", "training_args.bin"):
+    for name in (
+        "checkpoint-4/model.safetensors",
+        "checkpoint-4/trainer_state.json",
+        "runs/events",
+        "training_args.bin",
+    ):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(b"not of the model")
     return path
@@ -186,6 +191,10 @@ def wrap(folder):
     ("damage", "message"),
     [
         (leave_checkpoints_alone, r"holds no model.*checkpoint-4"),
+        (
+            lambda folder: (folder / "checkpoint-4" / "trainer_state.json").unlink(),
+            r"holds \['checkpoint-4'\], which were not written to their end",
+        ),
         (cut, "cut short or damaged"),
         (add_a_teacher, "weights that are not the model's: .'teacher/model.safetensors'"),
         (wrap, "holds a teacher's weights"),
