@@ -15,6 +15,7 @@ Prune, distil and quantise a model, stage by stage, from flags, or from a YAML f
   --output_dir FOLDER                of the stages, the card and the report
   --order P-KD-Q                     P, KD and Q in any order, each at most once
   --prune '{"params_ratio": 0.7}'    what is cut: the fields of PruneSpec
+  --steps 0                          cuts of at most a third, with KD between; 1, the default, cuts all at once
   --quantization int8                a method of `quantize`: int8, w8a16, w4a16, nf4, gguf-q8_0...
   --adapt_teacher STEPS              train the teacher on the text first
 

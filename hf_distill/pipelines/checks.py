@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from hf_distill.anatomy import task_of
 from hf_distill.evaluation.rows import check_dataset, tokenize
 from hf_distill.pipelines.arguments import PRUNE, QUANTIZE, CompressConfig
+from hf_distill.pipelines.plan import Step, methods_of, plan
 from hf_distill.quantization import quantization_of
 from hf_distill.skeletons import skeleton
 from hf_distill.students.quantizers import resolve_quantizer
@@ -50,8 +51,8 @@ def check_teacher(teacher: Any) -> str:
 
 def check_plan(
     config: PreTrainedConfig, args: CompressConfig, tokenizer: PreTrainedTokenizerBase | None, teacher: str
-) -> None:
-    """Go through the steps with models that have no weights.
+) -> list[Step]:
+    """Plan the steps, and go through them with models that have no weights.
 
     Raises:
         ValueError: The model is quantised already, its family has no adapter, the spec cannot be met, or the format
@@ -67,14 +68,16 @@ def check_plan(
             "again; give the model that it was made of. `teacher_quantization` quantises a teacher while it teaches."
         )
     task_of(config)
-    model = skeleton(config)
-    for step in args.steps:
-        if step == PRUNE:
-            model = resized(model, target_of(args.spec, model))
-        if step == QUANTIZE:
-            resolve_quantizer(args.quantization, args.group_size)
-    if QUANTIZE in args.steps:
-        resolve_quantizer(args.quantization, args.group_size).check(model, tokenizer)
+    model, steps, quantizer = skeleton(config), plan(args, config), None
+    for step in steps:
+        if step.kind == PRUNE:
+            methods_of(step.args, model)
+            model = resized(model, target_of(step.args.spec, model))
+        if step.kind == QUANTIZE:
+            quantizer = resolve_quantizer(args.quantization, args.group_size)
+        if quantizer is not None:
+            quantizer.check(model, tokenizer)
+    return steps
 
 
 def rows_of(dataset: Any, config: PreTrainedConfig, tokenizer: Any, max_length: int | None) -> Dataset:
