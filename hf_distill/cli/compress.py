@@ -39,14 +39,15 @@ def add_to(commands: Any) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from trl import ScriptArguments, TrlParser
+    from trl import ScriptArguments
 
     from hf_distill.cli.data import load, scored_rows
+    from hf_distill.cli.flags import parse
     from hf_distill.evaluation import KLDivergence, Perplexity, Top1Agreement
     from hf_distill.pipelines import CompressConfig, compress
     from hf_distill.pipelines.checks import load_tokenizer
 
-    script, args = TrlParser((ScriptArguments, CompressConfig)).parse_args_and_config(options.flags)
+    script, args = parse((ScriptArguments, CompressConfig), options.flags)
     teacher = args.teacher_model_name_or_path
     for name, value in (
         ("--teacher_model_name_or_path", teacher),

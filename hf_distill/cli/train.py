@@ -35,11 +35,12 @@ def add_to(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from trl import ModelConfig, ScriptArguments, TrlParser
+    from trl import ModelConfig, ScriptArguments
 
     from hf_distill import KDSFTConfig
+    from hf_distill.cli.flags import parse
 
-    script, args, model = TrlParser((ScriptArguments, KDSFTConfig, ModelConfig)).parse_args_and_config(options.flags)
+    script, args, model = parse((ScriptArguments, KDSFTConfig, ModelConfig), options.flags)
     for name, value in (
         ("--model_name_or_path", model.model_name_or_path),
         ("--dataset_name", script.dataset_name),

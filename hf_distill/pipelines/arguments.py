@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_distill.students import PruneSpec
+from hf_distill.students.importance import DEFAULT, check_methods
 from hf_distill.training.arguments import KDConfig
 
 
@@ -71,6 +72,7 @@ class CompressConfig(KDConfig):
         prune = self.prune.to_dict() if isinstance(self.prune, PruneSpec) else _mapping("prune", self.prune)
         self.prune = _spec(prune or {"params_ratio": 0.7}).to_dict()
         self.importance = _mapping("importance", self.importance)
+        check_methods(importance_of(self), name="importance")
         self.model_kwargs = _mapping("model_kwargs", self.model_kwargs)
         self._check_numbers()
         self._check_order()
@@ -140,6 +142,11 @@ def parse_order(order: str) -> tuple[str, ...]:
             'in which they are done: "P-KD-Q".'
         )
     return steps
+
+
+def importance_of(args: CompressConfig) -> dict[str, str]:
+    """How each kind of unit is scored."""
+    return dict(args.importance or DEFAULT)  # type: ignore[arg-type] # text was read by the config
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any] | None:

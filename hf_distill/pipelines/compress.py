@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.anatomy import task_of
 from hf_distill.cards import DistillationCard, installed_versions, write_card
 from hf_distill.evaluation import Benchmark
-from hf_distill.pipelines.arguments import DISTIL, PRUNE, QUANTIZE, CompressConfig
+from hf_distill.pipelines.arguments import DISTIL, PRUNE, QUANTIZE, CompressConfig, importance_of
 from hf_distill.pipelines.checks import (
     check_plan,
     check_teacher,
@@ -26,7 +26,7 @@ from hf_distill.pipelines.checks import (
     rows_of,
 )
 from hf_distill.pipelines.measuring import ADAPTED, TEACHER, Made, measure_all
-from hf_distill.pipelines.plan import Step, importance_of
+from hf_distill.pipelines.plan import Step
 from hf_distill.pipelines.report import CompressReport
 from hf_distill.pipelines.stage import Stage
 from hf_distill.pipelines.steps import ACTIONS, Context, adapt_step

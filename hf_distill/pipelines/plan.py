@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_distill.pipelines.arguments import DISTIL, PRUNE, CompressConfig
+from hf_distill.pipelines.arguments import DISTIL, PRUNE, CompressConfig, importance_of
 from hf_distill.students import PruneSpec, prune_steps
 from hf_distill.students.families import family_of
 from hf_distill.students.importance import DEFAULT
@@ -68,11 +68,6 @@ def _changed(args: CompressConfig, **values: object) -> CompressConfig:
     for name, value in values.items():
         setattr(args, name, value)
     return args
-
-
-def importance_of(args: CompressConfig) -> dict[str, str]:
-    """How each kind of unit is scored."""
-    return dict(args.importance or DEFAULT)  # type: ignore[arg-type] # text was read by the config
 
 
 def methods_of(args: CompressConfig, model: PreTrainedModel) -> dict[str, str]:

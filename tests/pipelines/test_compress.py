@@ -153,7 +153,15 @@ def test_text_is_read_by_the_teachers_tokenizer(teacher, config):
         ({"order": "P-Q", "adapt_teacher": 5}, r"`order` \(P-Q\) has no KD"),
         ({"prune": {"layers": 3}}, r"`prune` has \['layers'\]"),
         ({"prune": "{"}, "`prune` is '{', which is no JSON"),
+        ({"prune": {"drop_layers": 3}}, "`drop_layers` is 3; expected numbers of layers"),
+        ({"importance": {"neurons": "taylor"}}, "`importance` is .*; expected some of"),
+        ({"importance": '{"mlp": "magic"}'}, "`importance` has 'mlp': 'magic'; expected one of"),
         ({"calibration_tokens": 0}, "`calibration_tokens` is 0"),
+        ({"adapt_teacher": -1}, "`adapt_teacher` is -1"),
+        ({"adapt_learning_rate": 0.0}, "`adapt_learning_rate` is 0.0"),
+        ({"max_length": 1}, "`max_length` is 1; expected a whole number >= 2"),
+        ({"teacher_quantization": "int3"}, "`teacher_quantization` is 'int3'; expected one of"),
+        ({"teacher_dtype": "half"}, "`teacher_dtype` is 'half'; expected one of"),
         ({"push_to_hub": True}, "hf-distill push"),
     ],
 )
@@ -174,6 +182,8 @@ def without_weights(teacher):
     [
         ({"prune": {"intermediate_size": 512}}, "`intermediate_size`"),
         ({"prune": {"params_ratio": 0.01}}, "the nearest that can be reached"),
+        ({"prune": {"intermediate_size": 250}}, "cuts nothing: the model has 3 layers, 256 neurons"),
+        ({"importance": {"layers": "leave_one_out"}}, r"`importance` is .* cuts \['mlp'\] too"),
         ({"quantization": "int3"}, "`method` is 'int3'; expected one of"),
         ({"quantization": "w4a16", "group_size": 96}, "choose a `group_size` that divides"),
     ],
@@ -181,6 +191,18 @@ def without_weights(teacher):
 def test_a_spec_that_cannot_be_met_is_refused_before_weights_are_read(settings, message, without_weights, config):
     with pytest.raises(ValueError, match=message):
         compress(without_weights, DATA, config(**settings))
+
+
+def test_a_format_must_hold_what_it_is_given_before_and_after_a_cut(config, tmp_path):
+    folder = tmp_path / "teacher"
+    tiny.model("llama", hidden_size=64, intermediate_size=160).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    changed = {"order": "Q-P", "quantization": "w4a16", "group_size": 64, "prune": {"intermediate_size": 128}}
+    with pytest.raises(ValueError, match="has 160 inputs"):
+        compress(folder, DATA, config(**changed))
+    changed = {"order": "Q-P", "quantization": "w4a16", "group_size": 32, "prune": {"hidden_size": 48, "round_to": 16}}
+    with pytest.raises(ValueError, match="has 48 inputs"):
+        compress(folder, DATA, config(**changed))
 
 
 def test_a_family_without_an_adapter_is_refused_before_weights_are_read(tmp_path, config):
@@ -196,6 +218,10 @@ def test_a_quantised_model_is_refused(teacher, tmp_path, config):
     (tmp_path / "int8" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"quantised already \(torchao\)"):
         compress(tmp_path / "int8", DATA, config())
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model-Q8_0.gguf").touch()
+    with pytest.raises(ValueError, match=r"holds a GGUF file, whose weights are quantised already"):
+        compress(tmp_path / "gguf", DATA, config())
 
 
 def test_a_model_with_adapters_is_refused_with_the_line_that_merges_them(teacher, tmp_path, config):

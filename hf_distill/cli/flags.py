@@ -1,0 +1,21 @@
+"""Flags, or a YAML file of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def parse(classes: tuple[Any, ...], flags: Sequence[str]) -> Any:
+    """An instance of each class, from flags and from the file of `--config`.
+
+    Raises:
+        ValueError: A flag is unknown, a value is refused, or the file is no YAML.
+    """
+    import yaml
+    from trl import TrlParser
+
+    try:
+        return TrlParser(classes).parse_args_and_config(list(flags))
+    except yaml.YAMLError as error:
+        raise ValueError(f"The file of `--config` is no YAML: {' '.join(str(error).split())}.") from None
