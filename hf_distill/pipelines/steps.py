@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from hf_distill.evaluation.rows import collate
 from hf_distill.pipelines.arguments import TRAINABLE, CompressConfig
@@ -161,17 +161,33 @@ def _train(
         data_collator=collate,
         processing_class=context.tokenizer,
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(run))
+    checkpoint, state = _last_checkpoint(run)
+    if state is not None and state.global_step >= state.max_steps:
+        # Resumed, the trainer would make one more step before it looks at their number.
+        trainer._load_from_checkpoint(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        state = trainer.state
     trainer.model.eval()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    facts: dict[str, Any] = {"steps": trainer.state.global_step, "logs": logs}
+    facts: dict[str, Any] = {
+        "steps": state.global_step,
+        "logs": [entry for entry in state.log_history if "loss" in entry],
+    }
     return trainer.model, facts
 
 
-def _last_checkpoint(run: Path) -> str | None:
-    """The last one that was written to its end, which the trainer's state is."""
-    whole = [path.parent for path in run.glob(f"checkpoint-*/{STATE}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+def _last_checkpoint(run: Path) -> tuple[str | None, TrainerState | None]:
+    """The last one that was written to its end, and the state of the trainer in it.
+
+    The state is written last, and in place: a process that is killed then leaves half of the file.
+    """
+    found = sorted(run.glob(f"checkpoint-*/{STATE}"), key=lambda path: int(path.parent.name.split("-")[1]))
+    for path in reversed(found):
+        try:
+            return str(path.parent), TrainerState.load_from_json(str(path))
+        except ValueError:
+            continue
+    return None, None
 
 
 ACTIONS = {"P": prune_step, "KD": distil_step, "Q": quantize_step}

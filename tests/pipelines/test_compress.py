@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import permutations
 from pathlib import Path
 
@@ -86,43 +84,6 @@ def test_other_data_are_noticed(teacher, config):
     compress(teacher, DATA, config(order="P"))
     with pytest.raises(ValueError, match=r"1-P was made from other settings \(data\)"):
         compress(teacher, tiny.tokenized_dataset(16, seed=3), config(order="P"))
-
-
-def content(path: Path) -> tuple[dict, bytes]:
-    """Header and tensors of a weight file; the order of the metadata, which torchao leaves to chance, is no matter."""
-    raw = path.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8:end]), raw[end:]
-
-
-def killed_and_run_again(order: str, victim: str, teacher: str, config, tmp_path: Path) -> None:
-    whole = compress(teacher, DATA, config(order=order))
-    (tmp_path / "out").rename(tmp_path / "whole")
-    code = [sys.executable, "-m", "tests.pipelines.runs", str(tmp_path), order, victim]
-    assert subprocess.run(code, cwd=Path(__file__).parents[2], capture_output=True).returncode == -9
-    done = sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("."))
-    steps = order.split("-")
-    assert done == [f"{i}-{step}" for i, step in enumerate(steps[: steps.index(victim)], 1)]
-    if victim == "KD":
-        number = steps.index("KD") + 1
-        assert (tmp_path / "out" / f".{number}-KD.unfinished" / "run" / "checkpoint-2").is_dir()
-    resumed = compress(teacher, DATA, config(order=order))
-    assert not list((tmp_path / "out").glob(".*"))
-    assert [row.facts for row in resumed.rows] == [row.facts for row in whole.rows]
-    for path in (tmp_path / "whole").glob("*/model.safetensors"):
-        again = tmp_path / "out" / path.relative_to(tmp_path / "whole")
-        assert content(again) == content(path), path
-
-
-def test_a_run_that_is_killed_in_training_ends_with_the_same_weights(teacher, config, tmp_path):
-    killed_and_run_again("P-KD", "KD", teacher, config, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["P-KD-Q", "P-Q-KD", "Q-P-KD"])
-@pytest.mark.parametrize("victim", ["P", "KD", "Q"])
-def test_a_run_that_is_killed_in_any_stage_ends_with_the_same_weights(order, victim, teacher, config, tmp_path):
-    killed_and_run_again(order, victim, teacher, config, tmp_path)
 
 
 def test_an_adapted_teacher_teaches_and_is_not_what_is_compressed(teacher, config, tmp_path):
