@@ -19,9 +19,9 @@ Prune, distil and quantise a model, stage by stage, from flags, or from a YAML f
   --quantization int8                a method of `quantize`: int8, w8a16, w4a16, nf4, gguf-q8_0...
   --adapt_teacher STEPS              train the teacher on the text first
 
-and every other field of CompressConfig (importance, calibration_tokens, group_size, max_length, model_kwargs) and of
-KDConfig (max_steps, learning_rate, kd_weight, ce_weight, save_steps...). Stages that are done are skipped: run it
-again after a crash."""
+and every other field of CompressConfig (importance, guided, calibration_tokens, group_size, max_length, model_kwargs)
+and of KDConfig (max_steps, learning_rate, kd_weight, ce_weight, save_steps...). Stages that are done are skipped: run
+it again after a crash."""
 
 
 def add_to(commands: Any) -> None:

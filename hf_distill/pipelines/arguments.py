@@ -17,7 +17,17 @@ TRAINABLE = {"int8": (8, "torchao"), "w8a16": (8, "compressed-tensors"), "w4a16"
 GROUP_SIZE = 32
 # What of a run does not change its result.
 NOT_SETTINGS = frozenset(
-    {"output_dir", "order", "prune", "steps", "importance", "calibration_tokens", "quantization", "group_size"}
+    {
+        "output_dir",
+        "order",
+        "prune",
+        "steps",
+        "guided",
+        "importance",
+        "calibration_tokens",
+        "quantization",
+        "group_size",
+    }
     | {"adapt_teacher", "adapt_learning_rate", "run_name", "report_to", "disable_tqdm", "push_to_hub", "hub_token"}
     | {"save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_strategy", "logging_dir"}
     | {"logging_first_step", "log_level", "hub_model_id", "teacher_model_name_or_path", "resume_from_checkpoint"}
@@ -34,6 +44,8 @@ class CompressConfig(KDConfig):
         steps: In how many cuts P is made, with a KD of `max_steps` between them: "P-KD" in 2 is P-KD-P-KD. 1 cuts
             all at once, whatever it is; more of them at most a third each; 0 takes the fewest that do.
         importance: Method by kind of unit, see `estimate_importance`, as a dict or JSON; its defaults if None.
+        guided: Score by the KL from the teacher, instead of the cross-entropy, all cuts but one of the teacher itself,
+            whose KL is 0; by the methods that have a loss.
         calibration_tokens: Training tokens on which importance is measured.
         quantization: A method of `quantize`: "int8", "w8a16", "w4a16", "nf4"...
         group_size: Weights that share a scale; None for the method's choice, and 32 where KD follows Q.
@@ -56,6 +68,9 @@ class CompressConfig(KDConfig):
     )
     importance: dict[str, str] | str | None = field(
         default=None, metadata={"help": "Importance method by kind of unit, as JSON."}
+    )
+    guided: bool = field(
+        default=False, metadata={"help": "Score by the KL from the teacher what is no longer the teacher."}
     )
     calibration_tokens: int = field(default=65_536, metadata={"help": "Tokens that importance is measured on."})
     quantization: str = field(default="int8", metadata={"help": "Method of quantisation."})

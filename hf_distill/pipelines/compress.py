@@ -142,6 +142,8 @@ def _settings(step: Step, fixed: Mapping[str, Any], *, rounds: bool) -> dict[str
     if step.kind == PRUNE:
         found = {name: getattr(args, name) for name in ("prune", "calibration_tokens")}
         found |= {"importance": importance_of(args), "data": fixed["data"]}
+        if args.guided:
+            found |= {"guided by": fixed["teacher"]}
     if step.kind == DISTIL:
         found = args.training_settings() | dict(fixed)
     return found | ({"quantization": args.quantization, "group_size": args.group_size} if rounds else {})

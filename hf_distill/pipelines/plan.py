@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_distill.pipelines.arguments import DISTIL, PRUNE, CompressConfig, importance_of
 from hf_distill.students import PruneSpec, prune_steps
 from hf_distill.students.families import family_of
-from hf_distill.students.importance import DEFAULT
+from hf_distill.students.importance import DEFAULT, check_methods
 from hf_distill.students.resolve import target_of
 from hf_distill.students.widths import Widths
 
@@ -38,16 +38,22 @@ def plan(args: CompressConfig, config: PreTrainedConfig) -> list[Step]:
         config: Of the model that is compressed; no weight is needed.
 
     Raises:
-        ValueError: The model cannot be cut as it is asked for.
+        ValueError: The model cannot be cut as it is asked for, or no cut can be guided.
     """
     steps: list[Step] = []
     for kind in args.kinds:
         if kind == PRUNE:
             for number, spec in enumerate(_cuts(args, config)):
                 steps += [_distillation(args, steps)] if number else []
-                steps.append(Step(PRUNE, _changed(args, prune=spec.to_dict())))
+                guided = args.guided and bool(steps or args.adapt_teacher)
+                steps.append(Step(PRUNE, _changed(args, prune=spec.to_dict(), guided=guided)))
         else:
             steps.append(_distillation(args, steps) if kind == DISTIL else Step(kind, args))
+    if args.guided and not any(step.kind == PRUNE and step.args.guided for step in steps):
+        raise ValueError(
+            f"`guided` is True, but with `order` {args.order!r} and `steps` {args.steps} nothing is cut but the "
+            "teacher itself, whose KL from the teacher is 0; cut in `steps`, or leave `guided` out."
+        )
     return steps
 
 
@@ -78,7 +84,7 @@ def methods_of(args: CompressConfig, model: PreTrainedModel) -> dict[str, str]:
         model: The one that is cut; it needs no weights.
 
     Raises:
-        ValueError: A kind is cut and not scored.
+        ValueError: A kind is cut and not scored, or none by a method that the teacher can guide.
     """
     cut, known = _cut_kinds(args, model), importance_of(args)
     if missing := sorted(cut - known.keys()):
@@ -86,7 +92,10 @@ def methods_of(args: CompressConfig, model: PreTrainedModel) -> dict[str, str]:
             f"`importance` is {known}, but `prune` cuts {missing} too; add how they are scored, for example "
             f"{ ({kind: DEFAULT[kind] for kind in missing}) }."
         )
-    return {kind: method for kind, method in known.items() if kind in cut}
+    methods = {kind: method for kind, method in known.items() if kind in cut}
+    if args.guided and methods:
+        check_methods(methods, model, name="importance")  # any model stands for the teacher here
+    return methods
 
 
 def _cut_kinds(args: CompressConfig, model: PreTrainedModel) -> set[str]:

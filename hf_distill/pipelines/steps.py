@@ -93,7 +93,9 @@ def prune_step(context: Context, source: str, written: Path, run: Path) -> dict[
     batches = DataLoader(context.rows, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
     scores = None
     if methods:  # layers that are given by number need no score
-        scores = estimate_importance(model, batches, methods=methods, max_tokens=args.calibration_tokens)
+        teacher = context.load_teacher().model if args.guided else None
+        limit = args.calibration_tokens
+        scores = estimate_importance(model, batches, methods=methods, teacher=teacher, max_tokens=limit)
     student, report = prune(model, args.spec, scores)
     if context.cut is not None:
         report = report.after(context.cut)

@@ -84,6 +84,25 @@ def test_a_quantised_model_is_cut_in_steps_too(teacher, config, tmp_path):
     assert (final["intermediate_size"], final["quantization_config"]["quant_method"]) == (96, "torchao")
 
 
+def test_the_teacher_guides_every_cut_but_that_of_itself(teacher, config, tmp_path):
+    settings = {"importance": {"mlp": "taylor"}, "prune": NARROW, "max_steps": 1, "guided": True}
+    report = compress(teacher, DATA, config(order="P-KD", steps=2, **settings))
+    first, second = (row.facts["prune"]["provenance"]["mlp"] for row in report.rows[1::2])
+    assert "taylor of cross-entropy" in first
+    assert second.startswith(f"{first}; then taylor of forward KL from the teacher")
+    assert planned(teacher, "P-KD", 1, adapt_teacher=1, guided=True)[0].args.guided  # by another one than itself
+    for folder, changed, message in [
+        ("out", {"guided": False}, r"3-P was made from other settings \(guided by\)"),
+        ("new", {"importance": {"mlp": "activation"}}, "`teacher` would be ignored: none of the methods"),
+        ("new", {"steps": 1}, "nothing is cut but the teacher itself"),
+    ]:
+        args = config(order="P-KD", **({"steps": 2} | settings | changed))
+        args.output_dir = str(tmp_path / folder)
+        with pytest.raises(ValueError, match=message):
+            compress(teacher, DATA, args)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
