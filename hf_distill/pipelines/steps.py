@@ -30,7 +30,7 @@ from hf_distill.students import (
 from hf_distill.students.dequantize import dequantize
 from hf_distill.students.quantize_report import FILE as QUANTIZED
 from hf_distill.students.quantizers.base import load_plain
-from hf_distill.teachers import Teacher, load_teacher
+from hf_distill.teachers import ModelTeacher, Teacher, load_teacher
 from hf_distill.training.trainer import KDTrainer
 
 
@@ -60,7 +60,7 @@ class Context:
         """Arguments of `from_pretrained`."""
         return dict(self.args.model_kwargs or {})  # type: ignore[arg-type] # text was read by the config
 
-    def load_teacher(self) -> Teacher:
+    def load_teacher(self) -> ModelTeacher:
         """The model that teaches."""
         args = self.args
         return load_teacher(self.teacher, args.teacher_quantization, args.teacher_dtype, **self.model_kwargs)
