@@ -19,6 +19,7 @@ from hf_distill.evaluation.rows import collate
 from hf_distill.pipelines.arguments import TRAINABLE, CompressConfig
 from hf_distill.pipelines.plan import methods_of
 from hf_distill.students import (
+    ImportanceScores,
     PruneReport,
     convert_qat,
     estimate_importance,
@@ -89,14 +90,7 @@ def prune_step(context: Context, source: str, written: Path, run: Path) -> dict[
     args = context.args
     quantized = (Path(source) / QUANTIZED).is_file()
     model = dequantize(source) if quantized else load_plain(Path(source), **context.model_kwargs)
-    methods = methods_of(args, model)
-    batches = DataLoader(context.rows, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
-    scores = None
-    if methods:  # layers that are given by number need no score
-        teacher = context.load_teacher().model if args.guided else None
-        limit = args.calibration_tokens
-        scores = estimate_importance(model, batches, methods=methods, teacher=teacher, max_tokens=limit)
-    student, report = prune(model, args.spec, scores)
+    student, report = prune(model, args.spec, _scores(context, model, run / "scores"))
     if context.cut is not None:
         report = report.after(context.cut)
         student.config.hf_distill = report.origin
@@ -106,6 +100,21 @@ def prune_step(context: Context, source: str, written: Path, run: Path) -> dict[
     else:
         context.save(student, written)
     return {"prune": report.to_dict()}
+
+
+def _scores(context: Context, model: PreTrainedModel, kept: Path) -> ImportanceScores | None:
+    """How much each unit matters; measured once, also where the process is killed before the model is written."""
+    args, methods = context.args, methods_of(context.args, model)
+    if not methods:  # layers that are given by number need no score
+        return None
+    if kept.is_dir():
+        return ImportanceScores.load(kept)
+    batches = DataLoader(context.rows, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
+    teacher = context.load_teacher().model if args.guided else None
+    limit = args.calibration_tokens
+    scores = estimate_importance(model, batches, methods=methods, teacher=teacher, max_tokens=limit)
+    scores.save(kept)
+    return scores
 
 
 def distil_step(context: Context, source: str, written: Path, run: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_distill.anatomy import shape_of
 from hf_distill.objectives import HiddenStateObjective
-from hf_distill.pipelines import CompressConfig, compress
+from hf_distill.pipelines import CompressConfig, compress, steps
 from hf_distill.pipelines.plan import plan
 from hf_distill.students import PruneReport
 from tests import tiny
@@ -75,6 +75,25 @@ def test_what_is_cut_in_steps_is_counted_in_the_teacher(teacher, config, tmp_pat
     card = json.loads((tmp_path / "out" / report.final / "card.json").read_text())
     assert card["steps"] == 2 * cuts
     assert f"{sizes[-1] / sizes[0]:.1%} of its parameters" in card["student"]
+
+
+def test_what_was_scored_is_not_scored_again_after_a_crash(teacher, config, monkeypatch):
+    estimate, asked = steps.estimate_importance, []
+
+    def counting(*args, **kwargs):
+        asked.append(kwargs["methods"])
+        return estimate(*args, **kwargs)
+
+    def no_space(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(steps, "estimate_importance", counting)
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "prune", no_space)
+        with pytest.raises(OSError, match="no space"):
+            compress(teacher, DATA, config(order="P", prune=NARROW))
+    compress(teacher, DATA, config(order="P", prune=NARROW))
+    assert asked == [{"mlp": "activation"}]
 
 
 def test_a_quantised_model_is_cut_in_steps_too(teacher, config, tmp_path):
