@@ -34,7 +34,6 @@ def add_to(commands: Any) -> None:
         usage="hf-distill compress [--config FILE] [--FIELD VALUE ...]",
         allow_abbrev=False,
     )
-    compress.add_argument("--eval_dataset", help=argparse.SUPPRESS)
     compress.set_defaults(run=_compress, takes_flags=True)
 
 
@@ -42,12 +41,12 @@ def _compress(options: argparse.Namespace) -> None:
     from trl import ScriptArguments
 
     from hf_distill.cli.data import load, scored_rows
-    from hf_distill.cli.flags import parse
+    from hf_distill.cli.flags import EvaluationArguments, parse
     from hf_distill.evaluation import KLDivergence, Perplexity, Top1Agreement
     from hf_distill.pipelines import CompressConfig, compress
     from hf_distill.pipelines.checks import load_tokenizer
 
-    script, args = parse((ScriptArguments, CompressConfig), options.flags)
+    script, args, measured_on = parse((ScriptArguments, CompressConfig, EvaluationArguments), options.flags)
     teacher = args.teacher_model_name_or_path
     for name, value in (
         ("--teacher_model_name_or_path", teacher),
@@ -60,9 +59,9 @@ def _compress(options: argparse.Namespace) -> None:
     rows = {"max_length": args.max_length, "assistant_only_loss": False}
     train = scored_rows(load(script.dataset_name, script.dataset_train_split, "--dataset_name"), tokenizer, **rows)
     benchmarks = []
-    if options.eval_dataset is not None:
+    if measured_on.eval_dataset is not None:
         held_out = scored_rows(
-            load(options.eval_dataset, script.dataset_test_split, "--eval_dataset"), tokenizer, **rows
+            load(measured_on.eval_dataset, script.dataset_test_split, "--eval_dataset"), tokenizer, **rows
         )
         measured = (Perplexity, KLDivergence, Top1Agreement)
         benchmarks = [benchmark(held_out, max_length=args.max_length) for benchmark in measured]

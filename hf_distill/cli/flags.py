@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass
+class EvaluationArguments:
+    """What a student is measured on; a class of its own, so that the YAML file can name it too.
+
+    Args:
+        eval_dataset: Hub name, folder or file.
+    """
+
+    eval_dataset: str | None = field(default=None, metadata={"help": "Data to measure on."})
 
 
 def parse(classes: tuple[Any, ...], flags: Sequence[str]) -> Any:

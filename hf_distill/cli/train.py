@@ -30,7 +30,6 @@ def add_to(commands: Any) -> None:
         usage="hf-distill train [--config FILE] [--FIELD VALUE ...]",
         allow_abbrev=False,
     )
-    train.add_argument("--eval_dataset", help=argparse.SUPPRESS)
     train.set_defaults(run=_train, takes_flags=True)
 
 
@@ -38,9 +37,10 @@ def _train(options: argparse.Namespace) -> None:
     from trl import ModelConfig, ScriptArguments
 
     from hf_distill import KDSFTConfig
-    from hf_distill.cli.flags import parse
+    from hf_distill.cli.flags import EvaluationArguments, parse
 
-    script, args, model = parse((ScriptArguments, KDSFTConfig, ModelConfig), options.flags)
+    classes = (ScriptArguments, KDSFTConfig, ModelConfig, EvaluationArguments)
+    script, args, model, measured_on = parse(classes, options.flags)
     for name, value in (
         ("--model_name_or_path", model.model_name_or_path),
         ("--dataset_name", script.dataset_name),
@@ -48,7 +48,7 @@ def _train(options: argparse.Namespace) -> None:
     ):
         if value is None:
             raise ValueError(f"`{name}` is missing; see `hf-distill train --help`.")
-    _distil(script, args, model, options.eval_dataset)
+    _distil(script, args, model, measured_on.eval_dataset)
 
 
 def _distil(script: Any, args: Any, model: Any, eval_dataset: str | None) -> None:

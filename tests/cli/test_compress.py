@@ -35,9 +35,8 @@ def test_flags_and_yaml_make_the_same_stages(given, tmp_path, capsys):
     assert main(["compress", *flags, "--prune", json.dumps(given["prune"])]) == 0
     assert "| 3-Q " in capsys.readouterr().out
     made = (tmp_path / "out" / "2-KD" / "model.safetensors").stat().st_mtime_ns
-    evaluated = given.pop("eval_dataset")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
-    assert main(["compress", "--config", str(tmp_path / "run.yaml"), "--eval_dataset", evaluated]) == 0
+    assert main(["compress", "--config", str(tmp_path / "run.yaml")]) == 0
     assert (tmp_path / "out" / "2-KD" / "model.safetensors").stat().st_mtime_ns == made
     report = json.loads((tmp_path / "out" / "compress.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["teacher", "1-P", "2-KD", "3-Q"]
