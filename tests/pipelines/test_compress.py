@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -119,43 +117,6 @@ def test_other_data_are_noticed(teacher, config):
         compress(teacher, tiny.tokenized_dataset(16, seed=3), config(order="P"))
 
 
-def content(path: Path) -> tuple[dict, bytes]:
-    """Header and tensors of a weight file; the order of the metadata, which torchao leaves to chance, is no matter."""
-    raw = path.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8:end]), raw[end:]
-
-
-def killed_and_run_again(order: str, victim: str, teacher: str, config, tmp_path: Path) -> None:
-    whole = compress(teacher, DATA, config(order=order))
-    (tmp_path / "out").rename(tmp_path / "whole")
-    code = [sys.executable, "-m", "tests.pipelines.runs", str(tmp_path), order, victim]
-    assert subprocess.run(code, cwd=Path(__file__).parents[2], capture_output=True).returncode == -9
-    done = sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("."))
-    steps = order.split("-")
-    assert done == [f"{i}-{step}" for i, step in enumerate(steps[: steps.index(victim)], 1)]
-    if victim == "KD":
-        number = steps.index("KD") + 1
-        assert (tmp_path / "out" / f".{number}-KD.unfinished" / "run" / "checkpoint-2").is_dir()
-    resumed = compress(teacher, DATA, config(order=order))
-    assert not list((tmp_path / "out").glob(".*"))
-    assert [row.facts for row in resumed.rows] == [row.facts for row in whole.rows]
-    for path in (tmp_path / "whole").glob("*/model.safetensors"):
-        again = tmp_path / "out" / path.relative_to(tmp_path / "whole")
-        assert content(again) == content(path), path
-
-
-def test_a_run_that_is_killed_in_training_ends_with_the_same_weights(teacher, config, tmp_path):
-    killed_and_run_again("P-KD", "KD", teacher, config, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["P-KD-Q", "P-Q-KD", "Q-P-KD"])
-@pytest.mark.parametrize("victim", ["P", "KD", "Q"])
-def test_a_run_that_is_killed_in_any_stage_ends_with_the_same_weights(order, victim, teacher, config, tmp_path):
-    killed_and_run_again(order, victim, teacher, config, tmp_path)
-
-
 def test_an_adapted_teacher_teaches_and_is_not_what_is_compressed(teacher, config, tmp_path):
     report = compress(teacher, DATA, config(order="P-KD", adapt_teacher=2))
     assert [row.name for row in report.rows] == ["teacher", "adapted teacher", "1-P", "2-KD"]
@@ -184,7 +145,15 @@ def test_text_is_read_by_the_teachers_tokenizer(teacher, config):
         ({"order": "P-Q", "adapt_teacher": 5}, r"`order` \(P-Q\) has no KD"),
         ({"prune": {"layers": 3}}, r"`prune` has \['layers'\]"),
         ({"prune": "{"}, "`prune` is '{', which is no JSON"),
+        ({"prune": {"drop_layers": 3}}, "`drop_layers` is 3; expected numbers of layers"),
+        ({"importance": {"neurons": "taylor"}}, "`importance` is .*; expected some of"),
+        ({"importance": '{"mlp": "magic"}'}, "`importance` has 'mlp': 'magic'; expected one of"),
         ({"calibration_tokens": 0}, "`calibration_tokens` is 0"),
+        ({"adapt_teacher": -1}, "`adapt_teacher` is -1"),
+        ({"adapt_learning_rate": 0.0}, "`adapt_learning_rate` is 0.0"),
+        ({"max_length": 1}, "`max_length` is 1; expected a whole number >= 2"),
+        ({"teacher_quantization": "int3"}, "`teacher_quantization` is 'int3'; expected one of"),
+        ({"teacher_dtype": "half"}, "`teacher_dtype` is 'half'; expected one of"),
         ({"push_to_hub": True}, "hf-distill push"),
     ],
 )
@@ -205,6 +174,8 @@ def without_weights(teacher):
     [
         ({"prune": {"intermediate_size": 512}}, "`intermediate_size`"),
         ({"prune": {"params_ratio": 0.01}}, "the nearest that can be reached"),
+        ({"prune": {"intermediate_size": 250}}, "cuts nothing: the model has 3 layers, 256 neurons"),
+        ({"importance": {"layers": "leave_one_out"}}, r"`importance` is .* cuts \['mlp'\] too"),
         ({"quantization": "int3"}, "`method` is 'int3'; expected one of"),
         ({"quantization": "w4a16", "group_size": 96}, "choose a `group_size` that divides"),
     ],
@@ -212,6 +183,18 @@ def without_weights(teacher):
 def test_a_spec_that_cannot_be_met_is_refused_before_weights_are_read(settings, message, without_weights, config):
     with pytest.raises(ValueError, match=message):
         compress(without_weights, DATA, config(**settings))
+
+
+def test_a_format_must_hold_what_it_is_given_before_and_after_a_cut(config, tmp_path):
+    folder = tmp_path / "teacher"
+    tiny.model("llama", hidden_size=64, intermediate_size=160).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    changed = {"order": "Q-P", "quantization": "w4a16", "group_size": 64, "prune": {"intermediate_size": 128}}
+    with pytest.raises(ValueError, match="has 160 inputs"):
+        compress(folder, DATA, config(**changed))
+    changed = {"order": "Q-P", "quantization": "w4a16", "group_size": 32, "prune": {"hidden_size": 48, "round_to": 16}}
+    with pytest.raises(ValueError, match="has 48 inputs"):
+        compress(folder, DATA, config(**changed))
 
 
 def test_a_family_without_an_adapter_is_refused_before_weights_are_read(tmp_path, config):
@@ -227,6 +210,10 @@ def test_a_quantised_model_is_refused(teacher, tmp_path, config):
     (tmp_path / "int8" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"quantised already \(torchao\)"):
         compress(tmp_path / "int8", DATA, config())
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model-Q8_0.gguf").touch()
+    with pytest.raises(ValueError, match=r"holds a GGUF file, whose weights are quantised already"):
+        compress(tmp_path / "gguf", DATA, config())
 
 
 def test_a_model_with_adapters_is_refused_with_the_line_that_merges_them(teacher, tmp_path, config):
