@@ -78,7 +78,7 @@ CASES = [
     (f"{COMPRESS} --teacher_model_name_or_path teacher --dataset_name blank.jsonl --order KD", "nothing to predict"),
     (f'{COMPRESS} --prune \'{{"params_ratio": "a"}}\'', "`params_ratio` is 'a'; expected a share"),
     (f'{COMPRESS} --prune \'{{"drop_layers": "abc"}}\'', "`drop_layers` is 'abc'; expected numbers of layers"),
-    (f'{COMPRESS} --importance \'{{"layer": "taylor"}}\'', "`importance` is {'layer': 'taylor'}; expected some of ['mlp', 'heads'"),
+    (f'{COMPRESS} --importance \'{{"layer": "taylor"}}\'', "`importance` is {'layer': 'taylor'}; expected some of"),
     (f"{COMPRESS} --max_length 0", "`max_length` is 0; expected a whole number >= 2"),
     (
         f"{COMPRESS} --teacher_model_name_or_path teacher --dataset_name texts.jsonl --order P "
