@@ -8,6 +8,7 @@ from assets import pack, review_texts, smollm2
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
+from hf_distill import cards
 from hf_distill.evaluation import Benchmark, KLDivergence, MultipleChoice, Perplexity, Top1Agreement
 
 
@@ -16,6 +17,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(TEACHER)
 TEXTS = {split: [row.text for row in rows] for split, rows in review_texts().items()}
 TRAIN = pack(TEXTS["train"], TOKENIZER, 128)
 CONFIG = AutoConfig.from_pretrained(TEACHER)
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # 22 of 30 layers and 1152 of 1536 neurons: 68 % of the parameters.
 SPEC = {
     "num_hidden_layers": CONFIG.num_hidden_layers * 11 // 15,
@@ -61,4 +63,22 @@ def settings(steps: int, seed: int) -> dict[str, Any]:
         "save_steps": 20,
         "save_total_limit": 1,
         "report_to": "none",
+    }
+
+
+def card(order: str, steps: int, command: str) -> dict[str, Any]:
+    """What a card says that the pipeline cannot know."""
+    return {
+        "name": f"SmolLM2-135M-Instruct, {order}",
+        "teacher": NAME,
+        "base_model": NAME,
+        "language": "en",
+        "license": "apache-2.0",
+        "teacher_license": "apache-2.0",
+        "datasets": [
+            cards.Dataset("review and editorial snippets (VADER, 2014)", "mit", "movies, products, New York Times")
+        ],
+        "tokens": steps * 4 * 127 if "KD" in order else None,
+        "evaluation_data": "100 held-out snippets, and 120 choices between the ends of two snippets",
+        "commands": [command],
     }

@@ -2,7 +2,8 @@
 
 Command:   python recipes/compress_smollm2.py --seeds 3         (--orders all runs the steps in every order instead)
 Hardware:  2 CPU cores, 8 GB. Minutes: 4 to 6 for each run on one shared core.
-Result:    a folder for each run under outputs/compress, each with its stages and a card; one table, also as JSON.
+Result:    a folder for each run under outputs/compress, each with its stages and a card in the last one (that of
+           CE+KD-0: model_cards/compress_smollm2); one table, also as JSON.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import shutil
 from itertools import permutations
 from pathlib import Path
 
-from compress_data import TEACHER, TOKENIZER, TRAIN, benchmarks, settings
+from compress_data import TEACHER, TOKENIZER, TRAIN, benchmarks, card, settings
 from compress_tables import draw_orders, print_table, save
 
 from hf_distill.pipelines import CompressConfig, CompressReport, compress
@@ -34,7 +35,12 @@ def run(name: str, order: str, seed: int = 0, **changed: object) -> CompressRepo
         shutil.copytree(made, folder / first)
         shutil.copy(made.parent / "measured.json", folder)
     args = CompressConfig(str(folder), order=order, **(settings(flags.steps, seed) | changed))
-    return compress(TEACHER, TRAIN, args, benchmarks=measured, tokenizer=TOKENIZER)
+    command = f"python recipes/compress_smollm2.py --steps {flags.steps} --seeds {seed + 1}"
+    command += " --orders all" * bool(flags.orders) + f" --adapt_teacher {args.adapt_teacher}" * bool(
+        args.adapt_teacher
+    )
+    facts = card(order, flags.steps, f"{command}  # the model in {name}-{seed}")
+    return compress(TEACHER, TRAIN, args, benchmarks=measured, tokenizer=TOKENIZER, card=facts)
 
 
 models: dict[str, list] = {}

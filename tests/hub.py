@@ -19,16 +19,18 @@ COMMIT = "0" * 40
 class LocalHub(ThreadingHTTPServer):
     """Keeps the files of all commits in `files`, by repository and path, and each commit's own in `commits`.
 
-    `faults` are statuses that the next requests whose path holds a word are answered with, by that word; `requests`
-    are methods and paths.
+    `faults` are what the next requests whose path holds a word are answered with, by that word: a status, "silence" or
+    "reset"; `requests` are methods and paths, `created` the repositories that were asked for.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
         self.commits: list[dict[str, bytes]] = []
-        self.faults: dict[str, list[int]] = {}
+        self.faults: dict[str, list[int | str]] = {}
         self.requests: list[str] = []
+        self.created: list[dict] = []
+        self.patience = threading.Event()  # set when silent requests are to end
 
     @property
     def url(self) -> str:
@@ -44,6 +46,7 @@ def local_hub() -> Iterator[LocalHub]:
         try:
             yield hub
         finally:
+            hub.patience.set()
             hub.shutdown()
             thread.join()
 
@@ -90,8 +93,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {self.path}")
         planned = next((codes for word, codes in self.server.faults.items() if word in self.path and codes), None)
         if planned:
-            self._answer({"error": "planted"}, planned.pop(0))
+            self._answer_with(planned.pop(0))
         return planned is not None
+
+    def _answer_with(self, fault: int | str) -> None:
+        if isinstance(fault, int):
+            self._answer({"error": "planted"}, fault)
+            return
+        if fault == "silence":
+            self.server.patience.wait()
+        self.close_connection = True
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -99,6 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/api/repos/create":
             request = json.loads(body)
+            self.server.created.append(request)
             name = (
                 request["name"]
                 if "/" in request["name"]

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 
 # Forked from the test itself they would inherit its OpenMP threads, which do not survive that.
-multiprocessing.set_forkserver_preload(["hf_distill.training.sft", "tests.training.runs"])
+multiprocessing.set_forkserver_preload(["hf_distill.training.sft", "tests.training.runs", "tests.pipelines.runs"])
 
 
 def exit_code(function: Callable[..., None], *args: Any) -> int:

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_distill.cards.check import without_paths
 from hf_distill.evaluation import RetentionReport
-from hf_distill.evaluation.json_file import read_json, write_json
+from hf_distill.evaluation.json_file import load_json, write_json
 
 
 CARD_DATA = "card.json"
@@ -174,7 +174,7 @@ class DistillationCard:
             ValueError: The file holds something else.
             FileNotFoundError: There is none.
         """
-        return cls.from_dict(read_json(Path(folder) / CARD_DATA, "the data of a card"))
+        return load_json(Path(folder) / CARD_DATA, "the data of a card", cls.from_dict)
 
 
 def is_hub_id(name: str | None) -> bool:

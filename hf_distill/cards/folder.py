@@ -10,8 +10,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 
+# The last file of a checkpoint.
+STATE = "trainer_state.json"
 # Of a run's folder, what is not of the model: checkpoints, logs, the trainer's state, what is being written.
-LEFT_OUT = ("checkpoint-*", "runs", "logs", ".*", "_*", "*.tmp", "training_args.bin", "trainer_state.json")
+LEFT_OUT = ("checkpoint-*", "runs", "logs", ".*", "_*", "*.tmp", "training_args.bin", STATE)
 CONFIGS = ("config.json", "adapter_config.json")
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"
@@ -34,12 +36,19 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         ValueError: Its config or weights are missing or cut short, or it holds weights that are not the model's, for
-            example a teacher's.
+            example a teacher's, or half of a checkpoint.
     """
     if not any((folder / name).exists() for name in CONFIGS):
         found = sorted(path.name for path in folder.glob("checkpoint-*"))
         hint = f" It has {found}: push `{folder / found[-1]}`, or save the model first." if found else ""
         raise ValueError(f"{folder} holds no model: there is no config.json or adapter_config.json.{hint}")
+    unfinished = sorted(path.name for path in folder.glob("checkpoint-*") if not (path / STATE).exists())
+    if unfinished:
+        raise ValueError(
+            f"{folder} holds {unfinished}, which were not written to their end: the run was stopped there. Go on with "
+            "it (`trainer.train(resume_from_checkpoint=True)` after deleting them), or delete them to push what it "
+            "saved before."
+        )
     own = list(_own_weights(folder))
     if not own:
         raise ValueError(f"{folder} holds no weights: expected one of {[*WEIGHTS, INDEX]}; save the model again.")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_session
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from hf_distill.cards.data import DistillationCard, installed_versions
@@ -26,6 +26,8 @@ REPORT_FILE = "retention.json"
 PEFT_CARD = "[More Information Needed]"
 # Failed requests, refused connections and timeouts have in common the base class of huggingface_hub's HTTP client.
 NETWORK_ERROR = HfHubHTTPError.__mro__[1]
+# Seconds that the Hub may be silent: its client would wait for ever. Large commits take it a minute or two.
+PATIENCE = 300.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def push_distilled(
 
     Raises:
         ValueError: An argument is wrong, or the folder holds no whole model, or another one's weights.
-        ConnectionError: The Hub could not be reached, or refused; the folder is complete.
+        ConnectionError: The Hub could not be reached, refused, or said nothing for five minutes; the folder is
+            complete.
 
     Example:
         ```python
@@ -95,7 +98,7 @@ def push_distilled(
         try:
             commit = _upload(api, repo_id, path, revision, create_pr, private, commit_message)
             _check_arrived(api, commit, path)
-        except (NETWORK_ERROR, LocalEntryNotFoundError) as error:
+        except (NETWORK_ERROR, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             stays = folder is not None or isinstance(model, (str, Path))
             raise ConnectionError(_remedy(error, repo_id, path, stays=stays)) from error
         return Pushed(commit.repo_url.repo_id, commit.oid, commit.pr_url or commit.commit_url, tuple(files_of(path)))
@@ -163,11 +166,26 @@ def _saved(model: Any, tokenizer: Any, folder: str | Path | None) -> Iterator[Pa
 def _upload(
     api: HfApi, repo_id: str, folder: Path, revision: str | None, create_pr: bool, private: bool | None, message: str
 ) -> CommitInfo:
-    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with _patience():
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
-        api.create_branch(name, branch=revision, exist_ok=True)
+        with _patience():
+            api.create_branch(name, branch=revision, exist_ok=True)
     operations = [CommitOperationAdd(path, folder / path) for path in files_of(folder)]
-    return api.create_commit(name, operations, commit_message=message, revision=revision, create_pr=create_pr)
+    with _patience():
+        return api.create_commit(name, operations, commit_message=message, revision=revision, create_pr=create_pr)
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Let a request that is not answered fail, which the Hub's client does for downloads alone."""
+    client = get_session()
+    before = client.timeout
+    client.timeout = PATIENCE
+    try:
+        yield
+    finally:
+        client.timeout = before
 
 
 def _check_arrived(api: HfApi, commit: CommitInfo, folder: Path) -> None:

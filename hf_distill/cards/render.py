@@ -15,7 +15,8 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_distill.cards.check import check_card, without_paths
 from hf_distill.cards.data import DistillationCard, Table, display_name, is_hub_id
-from hf_distill.evaluation import RetentionReport, RetentionRow
+from hf_distill.evaluation import Footprint, RetentionReport, RetentionRow
+from hf_distill.evaluation.scoring import STUDENT, TEACHER
 from hf_distill.evaluation.tables import format_cell, format_interval, format_share, markdown_table
 
 
@@ -85,6 +86,7 @@ def render_card(data: DistillationCard) -> str:
         card=data,
         metadata=card_metadata(data).to_yaml(),
         headline=_headline(data.report),
+        beside=_beside(data.report),
         teacher=data.teacher and display_name(data.teacher),
         base_model=data.base_model and display_name(data.base_model),
         pipeline=PIPELINES[data.task],
@@ -175,6 +177,28 @@ def _headline(report: RetentionReport | None) -> str | None:
     return f"Keeps {format_share(report.mean_retention)} of its teacher ({what}{interval}, {count})."
 
 
+def _beside(report: RetentionReport | None) -> str | None:
+    """What a reader weighs the headline against: the models beside it, and what the student saves."""
+    if report is None or report.mean_retention is None:
+        return None
+    others = {name: report.mean_retention_of(name) for name in report.baselines}
+    said = [f"{name} {format_share(kept)}" for name, kept in others.items() if kept is not None]
+    sentences = [f"On the same items: {', '.join(said)}."] if said else []
+    sizes = {item.model: item for item in report.footprints}
+    if {TEACHER, STUDENT} <= sizes.keys():
+        teacher, student = sizes[TEACHER], sizes[STUDENT]
+        size = format_share(student.weight_bytes / teacher.weight_bytes)
+        sentences.append(f"Its weights take {size} of the teacher's megabytes{_faster(teacher, student)}.")
+    return " ".join(sentences) or None
+
+
+def _faster(teacher: Footprint, student: Footprint) -> str:
+    if not teacher.tokens_per_second or student.tokens_per_second is None:
+        return ""
+    speed = student.tokens_per_second / teacher.tokens_per_second
+    return f", and it reads {speed:.2f} times as many tokens per second"
+
+
 def _kept(report: RetentionReport) -> list[RetentionRow]:
     """The rows that the mean retention is a mean of."""
     return [row for row in report.rows if row.retention is not None]
@@ -215,8 +239,8 @@ def _dataset_name(name: str) -> str:
 
 
 def _licenses(data: DistillationCard) -> str | None:
-    """Licences of student and teacher; where one is known, the other is said to be unknown."""
-    if data.license is None and data.teacher_license is None:
+    """Licences of student and teacher; one that is not known is said to be unknown."""
+    if data.teacher is None and data.license is None and data.teacher_license is None:
         return None
     rows = [("student", data.license or "unknown"), ("teacher", data.teacher_license or "unknown")]
     return markdown_table(["model", "licence"], rows)

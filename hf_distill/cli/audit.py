@@ -30,22 +30,26 @@ def add_to(commands: Any) -> None:
 
 def _audit(options: argparse.Namespace) -> int:
     from hf_distill import load_teacher
-    from hf_distill.cli.data import first_rows, load, scored_rows
+    from hf_distill.cli.data import check_output, first_rows, load, scored_rows
+    from hf_distill.cli.models import check_same_tokens
     from hf_distill.evaluation import MemorizationReport, audit_memorization
 
+    check_output(options.json, "--json")
     before = None if options.before is None else MemorizationReport.load(options.before)
     given = {"rows": options.rows, "assistant_only_loss": options.assistant_only_loss}
     members = first_rows(load(options.members, options.members_split, "--members"), **given)
     non_members = first_rows(load(options.non_members, options.non_members_split, "--non-members"), **given)
     model = load_teacher(options.model, dtype=options.dtype)
-    reference = None if options.reference is None else load_teacher(options.reference, dtype=options.dtype).model
+    reference = None if options.reference is None else load_teacher(options.reference, dtype=options.dtype)
+    if reference is not None:
+        check_same_tokens(model.tokenizer, reference.tokenizer, ("--model", "--reference"))
     made = {"max_length": options.max_length, "assistant_only_loss": options.assistant_only_loss}
     members, non_members = (scored_rows(side, model.tokenizer, **made) for side in (members, non_members))
     report = audit_memorization(
         model.model,
         members,
         non_members,
-        reference,
+        reference and reference.model,
         model.tokenizer,
         max_length=options.max_length,
         batch_size=options.batch_size,

@@ -53,7 +53,9 @@ def add_to(commands: Any) -> None:
     kit = actions.add_parser("import-distillkit", help="make a cache of the parquet files of DistillKit")
     kit.add_argument("path", type=Path, metavar="SRC", help="folder of its files")
     kit.add_argument("out", type=Path, metavar="OUT", help="folder of the cache")
-    kit.add_argument("--config", type=Path, help="its compression config (default: the one in the folder)")
+    kit.add_argument(
+        "--compression-config", type=Path, dest="config", help="its compression_config.yaml (default: in the folder)"
+    )
     kit.add_argument("--tokenizer", help="that the files were made with; its pad token is dropped from their rows")
     kit.add_argument("--teacher", help="name of the model that gave the distributions")
     kit.add_argument("--max-mass", type=float, default=1.01, help="of a token's ids (default: %(default)s)")
@@ -94,9 +96,11 @@ def _teacher(teacher: str, name: str | None, vocab_size: int | None) -> Any:
 def _rows(options: argparse.Namespace) -> tuple[Any, Any]:
     """A dataset of token ids, and the tokenizer if one is named or was needed."""
     from hf_distill.cli.data import load
+    from hf_distill.cli.models import tokenizer_of
     from hf_distill.cli.prepare import prepare
 
-    dataset, tokenizer = load(options.dataset, options.split), _tokenizer(options.tokenizer)
+    dataset = load(options.dataset, options.split)
+    tokenizer = options.tokenizer and tokenizer_of(options.tokenizer, "--tokenizer")
     if "input_ids" in dataset.column_names:
         if options.max_length is not None or options.assistant_only_loss:
             raise ValueError(
@@ -106,16 +110,9 @@ def _rows(options: argparse.Namespace) -> tuple[Any, Any]:
         return dataset, tokenizer
     if tokenizer is None and options.teacher_model is not None:
         raise ValueError("`--dataset` holds texts, and the teacher is a server: name its tokenizer by `--tokenizer`.")
-    tokenizer = tokenizer or _tokenizer(options.teacher)
+    tokenizer = tokenizer or tokenizer_of(options.teacher, "--teacher")
     given = {"max_length": options.max_length, "assistant_only_loss": options.assistant_only_loss}
     return prepare(dataset, tokenizer, **given), tokenizer
-
-
-def _tokenizer(name: str | None) -> Any:
-    """A tokenizer, if there is a name."""
-    from transformers import AutoTokenizer
-
-    return None if name is None else AutoTokenizer.from_pretrained(name)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -148,9 +145,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _import_distillkit(options: argparse.Namespace) -> None:
     from hf_distill.cache import import_distillkit
+    from hf_distill.cli.models import tokenizer_of
 
     settings = {name: value for name, value in vars(options).items() if name != "run"}
-    done = import_distillkit(**settings | {"tokenizer": _tokenizer(options.tokenizer)})
+    settings["tokenizer"] = options.tokenizer and tokenizer_of(options.tokenizer, "--tokenizer")
+    done = import_distillkit(**settings)
     print(
         f"{done.tokens:,} tokens read; the ids of {done.heavy_tokens:,} had more than all of the probability, at most "
         f"{done.heaviest:.4g}, and were scaled down to 1; the labels of {done.unknown_labels:,} were not among the ids"

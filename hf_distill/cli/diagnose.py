@@ -34,9 +34,10 @@ def add_to(commands: Any) -> None:
 
 def _diagnose(options: argparse.Namespace) -> int:
     from hf_distill import LogitObjective, load_teacher
-    from hf_distill.cli.data import first_rows, load, scored_rows
+    from hf_distill.cli.data import check_output, first_rows, load, scored_rows
     from hf_distill.evaluation import diagnose, logged_shares
 
+    check_output(options.json, "--json")
     recipe: dict[str, Any] = {}
     if options.kd_weight is not None:
         settings = {"temperature": options.temperature, "divergence": options.divergence}

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_distill.cli import audit, cache, card, compress, diagnose, evaluate, plan, push, train
+from hf_distill.cli import audit, cache, card, compress, config, diagnose, evaluate, plan, push, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,16 +18,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (train, compress, cache, plan, evaluate, diagnose, audit, card, push):
         command.add_to(commands)
-    options, flags = parser.parse_known_args(arguments)
-    if getattr(options, "takes_flags", False):
-        options.flags = flags
-    elif flags:
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    config.add_to(parser)
     try:
+        options, flags = parser.parse_known_args(config.expand(sys.argv[1:] if arguments is None else arguments))
+        if getattr(options, "takes_flags", False):
+            options.flags = flags
+        elif flags:
+            parser.error(f"unrecognized arguments: {' '.join(flags)}")
         return options.run(options) or 0
-    except (ValueError, OSError, ImportError) as error:
-        print(f"hf-distill: {error}", file=sys.stderr)
+    except _faults_of_the_input() as error:
+        print(f"hf-distill: {_what_is_wrong(error)}", file=sys.stderr)
         return 2
+
+
+def _faults_of_the_input() -> tuple[type[Exception], ...]:
+    """What the files and arguments of a user raise; imported when something is raised, so that help stays quick."""
+    from safetensors import SafetensorError
+    from yaml import YAMLError
+
+    return ValueError, OSError, ImportError, SafetensorError, YAMLError
+
+
+def _what_is_wrong(error: Exception) -> str:
+    kind = type(error).__name__
+    if kind == "SafetensorError":  # it names no file
+        return f"A file of weights is cut short or damaged ({error}); save or download the model again."
+    return str(error) or kind
 
 
 if __name__ == "__main__":

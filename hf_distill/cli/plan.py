@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING, Any
 
 
@@ -34,12 +35,19 @@ def add_to(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from hf_distill.cli.models import config_of
     from hf_distill.planning import parameter_count, ways
 
-    if min(options.tokens, options.tflops) <= 0:
-        raise ValueError(f"`--tokens` is {options.tokens:g} and `--tflops` {options.tflops:g}; expected more than 0.")
-    configs = _config(options.teacher), _config(options.student)
-    candidates = {name: parameter_count(_config(name)).total for name in options.candidates}
+    for flag in ("tokens", "tflops", "gpu_memory"):
+        value = getattr(options, flag)
+        if not 0 < value < math.inf:
+            raise ValueError(f"`--{flag.replace('_', '-')}` is {value:g}; expected a number above 0.")
+    for flag in ("gpus", "batch", "accumulate", "length", "lora_rank"):
+        value = getattr(options, flag)
+        if value < 1:
+            raise ValueError(f"`--{flag.replace('_', '-')}` is {value}; expected a whole number of at least 1.")
+    configs = config_of(options.teacher, "--teacher"), config_of(options.student, "--student")
+    candidates = {name: parameter_count(config_of(name, "--candidates")).total for name in options.candidates}
     settings = {
         "per_device_batch_size": options.batch,
         "sequence_length": options.length,
@@ -109,9 +117,3 @@ def _print_totals(chosen: Way, teacher_flops: float, options: argparse.Namespace
         print(f"Making the soft labels, once: {hours(teacher_flops)}.")
     sizes = (f"{name} {budget * options.tokens / 1e9:,.3g} GB" for name, budget in BUDGETS.items())
     print(f"Soft labels on disk, at most, by preset of `hf-distill cache build --encoding`: {', '.join(sizes)}.")
-
-
-def _config(name: str) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(name)

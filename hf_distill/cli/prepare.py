@@ -5,8 +5,6 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from hf_distill.cli.data import CHATS
-
 
 def prepare(dataset: Any, tokenizer: Any, *, max_length: int | None, assistant_only_loss: bool) -> Any:
     """The rows that TRL's `SFTTrainer` makes of a dataset of texts, of prompts and completions, or of chats.
@@ -20,16 +18,14 @@ def prepare(dataset: Any, tokenizer: Any, *, max_length: int | None, assistant_o
         assistant_only_loss: Of `SFTConfig`.
 
     Raises:
-        ValueError: The columns are of no format.
+        ValueError: The columns are of no format, or a text is none.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    if not {"text", *CHATS} & set(dataset.column_names):
-        raise ValueError(
-            f"`--dataset` has the columns {dataset.column_names}; expected `input_ids`, or one of TRL's formats: "
-            "`text`, `messages`, or `prompt` and `completion`."
-        )
+    from hf_distill.training.checks import check_text
+
+    check_text(dataset, "text")
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
     settings = {} if max_length is None else {"max_length": max_length}

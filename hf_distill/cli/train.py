@@ -30,24 +30,25 @@ def add_to(commands: Any) -> None:
         usage="hf-distill train [--config FILE] [--FIELD VALUE ...]",
         allow_abbrev=False,
     )
-    train.add_argument("--eval_dataset", help=argparse.SUPPRESS)
     train.set_defaults(run=_train, takes_flags=True)
 
 
 def _train(options: argparse.Namespace) -> None:
-    from trl import ModelConfig, ScriptArguments, TrlParser
+    from trl import ModelConfig, ScriptArguments
 
     from hf_distill import KDSFTConfig
+    from hf_distill.cli.flags import EvaluationArguments, parse
 
-    script, args, model = TrlParser((ScriptArguments, KDSFTConfig, ModelConfig)).parse_args_and_config(options.flags)
-    for name, value in (
-        ("--model_name_or_path", model.model_name_or_path),
-        ("--dataset_name", script.dataset_name),
-        ("--output_dir", args.output_dir),
-    ):
+    # First alone: what is missing is to be said before what this machine cannot do.
+    script, model, _ = parse((ScriptArguments, ModelConfig), options.flags, some=True)
+    for name, value in (("--model_name_or_path", model.model_name_or_path), ("--dataset_name", script.dataset_name)):
         if value is None:
             raise ValueError(f"`{name}` is missing; see `hf-distill train --help`.")
-    _distil(script, args, model, options.eval_dataset)
+    classes = (ScriptArguments, KDSFTConfig, ModelConfig, EvaluationArguments)
+    script, args, model, measured_on = parse(classes, options.flags)
+    if args.output_dir is None:
+        raise ValueError("`--output_dir` is missing; see `hf-distill train --help`.")
+    _distil(script, args, model, measured_on.eval_dataset)
 
 
 def _distil(script: Any, args: Any, model: Any, eval_dataset: str | None) -> None:
@@ -56,8 +57,11 @@ def _distil(script: Any, args: Any, model: Any, eval_dataset: str | None) -> Non
 
     from hf_distill import KDSFTTrainer
     from hf_distill.cli.data import load
+    from hf_distill.cli.models import config_of
     from hf_distill.evaluation import KLDivergence, Perplexity, Top1Agreement
 
+    source = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
+    config_of(model.model_name_or_path, "--model_name_or_path", **source)
     options = {
         "revision": model.model_revision,
         "dtype": model.dtype,

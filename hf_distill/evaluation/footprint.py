@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from hf_distill.evaluation.speed import tokens_per_second
 
 # What is timed: small enough for a CPU, long enough that the layers and not their launches are measured.
 ROWS, LENGTH = 4, 128
+SPEED_ROUNDS = 3
 PROFILER_LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
@@ -42,8 +44,8 @@ class Footprint:
     weight_bytes: int
     tokens_per_second: float | None
     peak_bytes: int | None
-    dtype: str
-    device: str
+    dtype: str | None
+    device: str | None
 
 
 def footprint(name: str, model: nn.Module, speed: float | None = None) -> Footprint:
@@ -66,6 +68,15 @@ def footprint(name: str, model: nn.Module, speed: float | None = None) -> Footpr
             dtype=str(base.dtype).removeprefix("torch."),
             device=_device_name(base.device),
         )
+
+
+def speeds_by_turns(models: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Tokens per second of each model, the median of passes by turns: what else the machine does slows all of them."""
+    measured: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(SPEED_ROUNDS):
+        for name, model in models.items():
+            measured[name].append(speed_once(model))
+    return {name: statistics.median(speeds) for name, speeds in measured.items()}
 
 
 def speed_once(model: nn.Module) -> float:

@@ -68,8 +68,8 @@ def _bars(report: RetentionReport) -> Figure | None:
 
 
 def _tradeoff(report: RetentionReport) -> Figure | None:
-    """Mean retention against the number of parameters, a point a model."""
-    sizes = {item.model: item.parameters for item in report.footprints}
+    """Mean retention against the bytes of the weights, which rounding saves too, a point a model."""
+    sizes = {item.model: item.weight_bytes for item in report.footprints}
     kept = {TEACHER: 1.0, STUDENT: report.mean_retention}
     kept |= {name: report.mean_retention_of(name) for name in report.baselines}
     points = [
@@ -85,7 +85,7 @@ def _tradeoff(report: RetentionReport) -> Figure | None:
         axes.annotate(name, (size, share), textcoords="offset points", xytext=(6, 6))
     if report.mean_ci_low is not None and report.mean_ci_high is not None:
         _whisker(axes, [sizes[STUDENT] / 1e6] * 2, [100 * report.mean_ci_low, 100 * report.mean_ci_high])
-    axes.set_xlabel("parameters (millions)")
+    axes.set_xlabel("weights (MB)")
     axes.set_ylabel("mean retention (%), 95 % interval")
     axes.margins(0.2)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if min(share for *_, share in points) < 0 else 0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_distill.evaluation.bootstrap import retention
 from hf_distill.evaluation.footprint import LENGTH, ROWS, Footprint
-from hf_distill.evaluation.json_file import read_json, write_json
+from hf_distill.evaluation.json_file import load_json, write_json
 from hf_distill.evaluation.tables import (
     format_interval,
     format_share,
@@ -135,7 +135,7 @@ class RetentionReport:
     @classmethod
     def load(cls, path: str | Path) -> RetentionReport:
         """Read what `save` wrote."""
-        return cls.from_dict(read_json(path, "a retention report"))
+        return load_json(path, "a retention report", cls.from_dict)
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Draw the retention on every benchmark and, where sizes are known, retention against size.

@@ -13,7 +13,7 @@ import numpy as np
 
 from hf_distill.evaluation.benchmarks import Benchmark
 from hf_distill.evaluation.bootstrap import ItemScores, interval, resampled_means, retention
-from hf_distill.evaluation.footprint import Footprint, footprint, speed_once
+from hf_distill.evaluation.footprint import SPEED_ROUNDS, Footprint, footprint, speed_once
 from hf_distill.evaluation.report import BASELINE, RetentionReport, RetentionRow
 from hf_distill.evaluation.scoring import STUDENT, TEACHER, Lineup, module_of, preserved_state
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RetentionReport", "RetentionRow", "evaluate_retention"]
-SPEED_ROUNDS = 3
 
 
 def evaluate_retention(

@@ -111,6 +111,7 @@ def _token_row(raw: dict[str, Any], task: str, max_length: int | None) -> Row:
         raise ValueError(
             "a masked language model needs `labels`: the original ids at the masked positions, -100 elsewhere."
         )
+    _check_ids(raw)
     tokens = {name: raw[name] for name in (*TOKEN_COLUMNS, *MASK_COLUMNS) if name in raw}
     labels = tokens.setdefault("labels", tokens["input_ids"])
     if isinstance(labels, int):
@@ -129,11 +130,19 @@ def _class_row(raw: dict[str, Any], task: str, max_length: int | None) -> Row:
     names = [name for name in CLASS_COLUMNS if name in raw]
     if not names or not isinstance(raw[names[0]], int):
         raise ValueError(f"a classifier needs one whole-number class id in `label` or `labels` ({task}).")
+    _check_ids(raw)
     row = _without_padding(raw, ("input_ids", "token_type_ids"), max_length)
     if not row["input_ids"]:
         raise ValueError("it has no token; drop empty rows first.")
     row["labels"] = int(raw[names[0]])
     return row
+
+
+def _check_ids(raw: dict[str, Any]) -> None:
+    """A column of a dataset is of one type, so the first id speaks for all."""
+    ids = raw.get("input_ids")
+    if not isinstance(ids, list) or not all(isinstance(number, int) for number in ids[:1]):
+        raise ValueError(f"`input_ids` is {ids!r:.60}; expected a list of token ids, such as [1, 2, 3].")
 
 
 def _without_padding(tokens: dict[str, Any], names: Sequence[str], max_length: int | None) -> Row:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_distill.students import PruneSpec
+from hf_distill.students.importance import DEFAULT, check_methods
 from hf_distill.training.arguments import KDConfig
 
 
@@ -16,7 +17,17 @@ TRAINABLE = {"int8": (8, "torchao"), "w8a16": (8, "compressed-tensors"), "w4a16"
 GROUP_SIZE = 32
 # What of a run does not change its result.
 NOT_SETTINGS = frozenset(
-    {"output_dir", "order", "prune", "importance", "calibration_tokens", "quantization", "group_size"}
+    {
+        "output_dir",
+        "order",
+        "prune",
+        "steps",
+        "guided",
+        "importance",
+        "calibration_tokens",
+        "quantization",
+        "group_size",
+    }
     | {"adapt_teacher", "adapt_learning_rate", "run_name", "report_to", "disable_tqdm", "push_to_hub", "hub_token"}
     | {"save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_strategy", "logging_dir"}
     | {"logging_first_step", "log_level", "hub_model_id", "teacher_model_name_or_path", "resume_from_checkpoint"}
@@ -30,7 +41,11 @@ class CompressConfig(KDConfig):
     Args:
         order: Any of P (prune), KD (distil) and Q (quantise) in any order, each once: "P-KD-Q", "P-KD", "KD-P-Q".
         prune: Fields of `PruneSpec`, as a dict or JSON, or a `PruneSpec`.
+        steps: In how many cuts P is made, with a KD of `max_steps` between them: "P-KD" in 2 is P-KD-P-KD. 1 cuts
+            all at once, whatever it is; more of them at most a third each; 0 takes the fewest that do.
         importance: Method by kind of unit, see `estimate_importance`, as a dict or JSON; its defaults if None.
+        guided: Score by the KL from the teacher, instead of the cross-entropy, all cuts but one of the teacher itself,
+            whose KL is 0; by the methods that have a loss.
         calibration_tokens: Training tokens on which importance is measured.
         quantization: A method of `quantize`: "int8", "w8a16", "w4a16", "nf4"...
         group_size: Weights that share a scale; None for the method's choice, and 32 where KD follows Q.
@@ -48,8 +63,14 @@ class CompressConfig(KDConfig):
     prune: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "What is cut, as JSON: '{\"params_ratio\": 0.7}', which is the default."}
     )
+    steps: int = field(
+        default=1, metadata={"help": "Cuts that P is made in, with KD between; 0 for the fewest of at most a third."}
+    )
     importance: dict[str, str] | str | None = field(
         default=None, metadata={"help": "Importance method by kind of unit, as JSON."}
+    )
+    guided: bool = field(
+        default=False, metadata={"help": "Score by the KL from the teacher what is no longer the teacher."}
     )
     calibration_tokens: int = field(default=65_536, metadata={"help": "Tokens that importance is measured on."})
     quantization: str = field(default="int8", metadata={"help": "Method of quantisation."})
@@ -66,12 +87,35 @@ class CompressConfig(KDConfig):
         prune = self.prune.to_dict() if isinstance(self.prune, PruneSpec) else _mapping("prune", self.prune)
         self.prune = _spec(prune or {"params_ratio": 0.7}).to_dict()
         self.importance = _mapping("importance", self.importance)
+        check_methods(importance_of(self), name="importance")
         self.model_kwargs = _mapping("model_kwargs", self.model_kwargs)
-        for name in ("adapt_teacher", "calibration_tokens"):
-            if getattr(self, name) < (name == "calibration_tokens"):
-                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number of {name.split('_')[1]}.")
-        steps = self.steps
-        trains_rounding = QUANTIZE in steps and DISTIL in steps[steps.index(QUANTIZE) :]
+        self._check_numbers()
+        self._check_order()
+        if self.push_to_hub:
+            raise ValueError(
+                "`push_to_hub` would push every stage; push the last by `hf-distill push FOLDER REPO_ID`."
+            )
+        super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        least = {"steps": 0, "calibration_tokens": 1, "adapt_teacher": 0, "max_length": 2}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"`{name}` is {value}; expected a whole number >= {smallest}.")
+        if self.adapt_learning_rate <= 0:
+            raise ValueError(f"`adapt_learning_rate` is {self.adapt_learning_rate}; expected more than 0.")
+
+    def _check_order(self) -> None:
+        """Refuse what the order has no step for, and training with a rounding that cannot be trained with."""
+        kinds = self.kinds
+        if self.steps != 1 and not {PRUNE, DISTIL} <= set(kinds):
+            raise ValueError(
+                f"`steps` is {self.steps}, but `order` ({self.order}) does not have both P and KD: cuts are made in "
+                "steps to train between them."
+            )
+        after = kinds[kinds.index(QUANTIZE) :] if QUANTIZE in kinds else ()
+        trains_rounding = DISTIL in after or (self.steps != 1 and PRUNE in after)
         if trains_rounding and self.quantization not in TRAINABLE:
             raise ValueError(
                 f"`order` is {self.order!r}, where KD trains with the rounding, and `quantization` is "
@@ -80,16 +124,11 @@ class CompressConfig(KDConfig):
             )
         if trains_rounding and self.group_size is None:
             self.group_size = GROUP_SIZE
-        if self.adapt_teacher and DISTIL not in steps:
+        if self.adapt_teacher and DISTIL not in kinds:
             raise ValueError(f"`adapt_teacher` is {self.adapt_teacher}, but `order` ({self.order}) has no KD.")
-        if self.push_to_hub:
-            raise ValueError(
-                "`push_to_hub` would push every stage; push the last by `hf-distill push FOLDER REPO_ID`."
-            )
-        super().__post_init__()
 
     @property
-    def steps(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[str, ...]:
         """The steps of `order`."""
         return parse_order(self.order)
 
@@ -118,6 +157,11 @@ def parse_order(order: str) -> tuple[str, ...]:
             'in which they are done: "P-KD-Q".'
         )
     return steps
+
+
+def importance_of(args: CompressConfig) -> dict[str, str]:
+    """How each kind of unit is scored."""
+    return dict(args.importance or DEFAULT)  # type: ignore[arg-type] # text was read by the config
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any] | None:

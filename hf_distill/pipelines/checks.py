@@ -13,12 +13,13 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_distill.anatomy import task_of
-from hf_distill.evaluation.rows import check_dataset, tokenize
-from hf_distill.pipelines.arguments import PRUNE, QUANTIZE, CompressConfig
-from hf_distill.quantization import quantization_of
+from hf_distill.evaluation.rows import check_dataset, count_targets, tokenize
+from hf_distill.pipelines.arguments import DISTIL, PRUNE, QUANTIZE, CompressConfig
+from hf_distill.pipelines.plan import Step, methods_of, plan
+from hf_distill.quantization import bitsandbytes_config, quantization_of
 from hf_distill.skeletons import skeleton
 from hf_distill.students.quantizers import resolve_quantizer
-from hf_distill.students.resolve import target_of
+from hf_distill.students.resolve import check_cuts, target_of
 from hf_distill.students.steps import resized
 
 
@@ -30,7 +31,7 @@ def check_teacher(teacher: Any) -> str:
     """Return the name or folder of the model that is compressed.
 
     Raises:
-        ValueError: It is a model in memory, or the folder of an adapter.
+        ValueError: It is a model in memory, or the folder of an adapter or of a GGUF file.
     """
     if isinstance(teacher, nn.Module):
         merge = "model = model.merge_and_unload(); " if hasattr(teacher, "peft_config") else ""
@@ -45,13 +46,18 @@ def check_teacher(teacher: Any) -> str:
             f"`teacher` is {str(teacher)!r}, which holds a LoRA adapter; merge it first: "
             "`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(merged)`."
         )
+    if any(Path(teacher).glob("*.gguf")) and not (Path(teacher) / "config.json").is_file():
+        raise ValueError(
+            f"`teacher` is {str(teacher)!r}, which holds a GGUF file, whose weights are quantised already; give the "
+            "model that it was made of."
+        )
     return os.fspath(teacher)
 
 
 def check_plan(
     config: PreTrainedConfig, args: CompressConfig, tokenizer: PreTrainedTokenizerBase | None, teacher: str
-) -> None:
-    """Go through the steps with models that have no weights.
+) -> list[Step]:
+    """Plan the steps, and go through them with models that have no weights.
 
     Raises:
         ValueError: The model is quantised already, its family has no adapter, the spec cannot be met, or the format
@@ -67,26 +73,40 @@ def check_plan(
             "again; give the model that it was made of. `teacher_quantization` quantises a teacher while it teaches."
         )
     task_of(config)
-    model = skeleton(config)
-    for step in args.steps:
-        if step == PRUNE:
-            model = resized(model, target_of(args.spec, model))
-        if step == QUANTIZE:
-            resolve_quantizer(args.quantization, args.group_size)
-    if QUANTIZE in args.steps:
-        resolve_quantizer(args.quantization, args.group_size).check(model, tokenizer)
+    model, steps, quantizer = skeleton(config), plan(args, config), None
+    for step in steps:
+        if step.kind == PRUNE:
+            target = target_of(step.args.spec, model)
+            check_cuts(step.args.spec, model, target)
+            methods_of(step.args, model)
+            model = resized(model, target)
+        if step.kind == QUANTIZE:
+            quantizer = resolve_quantizer(args.quantization, args.group_size)
+        if quantizer is not None:
+            quantizer.check(model, tokenizer)
+            if step.kind == DISTIL:
+                resolve_quantizer("int8")  # training with the rounding is torchao's, whatever the format
+        if step.kind == DISTIL and args.teacher_quantization is not None:
+            bitsandbytes_config(args.teacher_quantization)
+    return steps
 
 
 def rows_of(dataset: Any, config: PreTrainedConfig, tokenizer: Any, max_length: int | None) -> Dataset:
     """The training rows as token ids and labels.
 
     Raises:
-        ValueError: The dataset has neither text nor ids, or there is no tokenizer for its text.
+        ValueError: The dataset has neither text nor ids, there is no tokenizer for its text, or nothing to predict.
     """
     check_dataset(dataset)
     if {"input_ids", "labels"} <= set(dataset.column_names) and max_length is None:
         return dataset.select_columns(["input_ids", "labels"])
-    return Dataset.from_list([dict(row) for row in tokenize(dataset, task_of(config), tokenizer, max_length)])
+    task = task_of(config)
+    rows = tokenize(dataset, task, tokenizer, max_length)
+    if not any(count_targets(row, task) for row in rows):
+        raise ValueError(
+            f"`dataset` ({len(dataset)} rows) has nothing to predict: its texts are empty, or every label is -100."
+        )
+    return Dataset.from_list([dict(row) for row in rows])
 
 
 def load_config(teacher: str) -> PreTrainedConfig:

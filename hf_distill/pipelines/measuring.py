@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.evaluation import Benchmark, MultipleChoice, RetentionReport, compare_retention, tokens_per_second
+from hf_distill.evaluation import Benchmark, MultipleChoice, RetentionReport, compare_retention
 from hf_distill.evaluation.benchmarks import DatasetBenchmark
-from hf_distill.evaluation.footprint import sample_ids
+from hf_distill.evaluation.footprint import speeds_by_turns
 from hf_distill.evaluation.json_file import read_json, write_json
 from hf_distill.evaluation.scoring import preserved_state
 from hf_distill.pipelines.checks import load_config
@@ -51,7 +51,8 @@ def measure_all(
 ) -> list[StageRow]:
     """Measure every model against the teacher, the first of them, in one pass over the items.
 
-    What was measured by the same benchmarks before is read again.
+    What was measured by the same benchmarks before is read again. Speeds are measured by turns, and so all of them
+    again where a model is new: those of two hours do not compare.
 
     Args:
         models: By name, the teacher first.
@@ -65,22 +66,23 @@ def measure_all(
     paths = {name: (root if name == TEACHER else Path(made.folder)) / MEASURED for name, made in models.items()}
     rows = {name: row for name in models if (row := _known(paths[name], keys[name])) is not None}
     missing = [name for name in models if name not in rows]
-    if missing:
-        # Together they take less memory than training did.
-        loaded = {name: load_stage(models[name].folder, **model_kwargs) for name in dict.fromkeys([TEACHER, *missing])}
-        students = {name: loaded[name] for name in missing}
-        reports: Mapping[str, RetentionReport | None] = dict.fromkeys(missing)
-        if benchmarks:
-            named = {OWN_NAME if name == TEACHER else name: model for name, model in students.items()}
-            found = compare_retention(named, loaded[TEACHER], benchmarks, tokenizer)
-            reports = {TEACHER if name == OWN_NAME else name: report for name, report in found.items()}
-        for name, model in students.items():
-            with preserved_state([model]):
-                speed = tokens_per_second(model, sample_ids(model))
-            made = models[name]
+    if not missing:
+        return [rows[name] for name in models]
+    # Together they take less memory than training did; those that are known are there for their speeds.
+    loaded = {name: load_stage(made.folder, **model_kwargs) for name, made in models.items()}
+    reports: Mapping[str, RetentionReport | None] = dict.fromkeys(missing)
+    if benchmarks:
+        named = {OWN_NAME if name == TEACHER else name: loaded[name] for name in missing}
+        found = compare_retention(named, loaded[TEACHER], benchmarks, tokenizer)
+        reports = {TEACHER if name == OWN_NAME else name: report for name, report in found.items()}
+    with preserved_state(loaded.values()):
+        speeds = speeds_by_turns(loaded)
+    for name, made in models.items():
+        if name in missing:
             size = _parameters(made.folder), _weight_bytes(made.folder)
-            rows[name] = StageRow(name, *size, speed, reports[name], made.facts)
-            write_json({"key": keys[name], "row": rows[name].to_dict()}, paths[name])
+            rows[name] = StageRow(name, *size, speeds[name], reports[name], made.facts)
+        rows[name] = replace(rows[name], tokens_per_second=speeds[name])
+        write_json({"key": keys[name], "row": rows[name].to_dict()}, paths[name])
     return [rows[name] for name in models]
 
 

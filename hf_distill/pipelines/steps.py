@@ -13,19 +13,25 @@ from typing import Any
 
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from hf_distill.evaluation.rows import collate
 from hf_distill.pipelines.arguments import TRAINABLE, CompressConfig
-from hf_distill.students import convert_qat, estimate_importance, load_quantized, prepare_qat, prune, quantize
+from hf_distill.pipelines.plan import methods_of
+from hf_distill.students import (
+    ImportanceScores,
+    PruneReport,
+    convert_qat,
+    estimate_importance,
+    load_quantized,
+    prepare_qat,
+    prune,
+    quantize,
+)
 from hf_distill.students.dequantize import dequantize
-from hf_distill.students.families import family_of
-from hf_distill.students.importance import DEFAULT
 from hf_distill.students.quantize_report import FILE as QUANTIZED
 from hf_distill.students.quantizers.base import load_plain
-from hf_distill.students.resolve import target_of
-from hf_distill.students.widths import Widths
-from hf_distill.teachers import Teacher, load_teacher
+from hf_distill.teachers import ModelTeacher, Teacher, load_teacher
 from hf_distill.training.trainer import KDTrainer
 
 
@@ -34,26 +40,28 @@ STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Context:
-    """What all steps share.
+    """What a step knows of its pipeline.
 
     Args:
-        args: The settings.
+        args: The settings of the step.
         rows: Training rows: `input_ids` and `labels`.
         tokenizer: Saved beside every model.
         teacher: Name or folder of the model that teaches.
+        cut: All that was cut before.
     """
 
     args: CompressConfig
     rows: Dataset
     tokenizer: PreTrainedTokenizerBase | None
     teacher: str
+    cut: PruneReport | None = None
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`."""
         return dict(self.args.model_kwargs or {})  # type: ignore[arg-type] # text was read by the config
 
-    def load_teacher(self) -> Teacher:
+    def load_teacher(self) -> ModelTeacher:
         """The model that teaches."""
         args = self.args
         return load_teacher(self.teacher, args.teacher_quantization, args.teacher_dtype, **self.model_kwargs)
@@ -74,22 +82,39 @@ def load_stage(folder: str | Path, **model_kwargs: Any) -> PreTrainedModel:
 
 
 def prune_step(context: Context, source: str, written: Path, run: Path) -> dict[str, Any]:
-    """Cut the model, by scores that are measured on the training rows."""
+    """Cut the model, by scores that are measured on the training rows.
+
+    The report, and what the student says of where its layers and channels come from, are counted in the first model,
+    which is the one that teaches.
+    """
     args = context.args
     quantized = (Path(source) / QUANTIZED).is_file()
     model = dequantize(source) if quantized else load_plain(Path(source), **context.model_kwargs)
-    methods = {kind: method for kind, method in methods_of(args).items() if kind in _cut_kinds(args, model)}
-    batches = DataLoader(context.rows, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
-    scores = None
-    if methods:  # layers that are given by number need no score
-        scores = estimate_importance(model, batches, methods=methods, max_tokens=args.calibration_tokens)
-    student, report = prune(model, args.spec, scores)
+    student, report = prune(model, args.spec, _scores(context, model, run / "scores"))
+    if context.cut is not None:
+        report = report.after(context.cut)
+        student.config.hf_distill = report.origin
     if quantized:
         context.save(student, run / "plain")
         quantize(run / "plain", written, args.quantization, group_size=args.group_size)
     else:
         context.save(student, written)
     return {"prune": report.to_dict()}
+
+
+def _scores(context: Context, model: PreTrainedModel, kept: Path) -> ImportanceScores | None:
+    """How much each unit matters; measured once, also where the process is killed before the model is written."""
+    args, methods = context.args, methods_of(context.args, model)
+    if not methods:  # layers that are given by number need no score
+        return None
+    if kept.is_dir():
+        return ImportanceScores.load(kept)
+    batches = DataLoader(context.rows, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
+    teacher = context.load_teacher().model if args.guided else None
+    limit = args.calibration_tokens
+    scores = estimate_importance(model, batches, methods=methods, teacher=teacher, max_tokens=limit)
+    scores.save(kept)
+    return scores
 
 
 def distil_step(context: Context, source: str, written: Path, run: Path) -> dict[str, Any]:
@@ -147,35 +172,33 @@ def _train(
         data_collator=collate,
         processing_class=context.tokenizer,
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(run))
+    checkpoint, state = _last_checkpoint(run)
+    if state is not None and state.global_step >= state.max_steps:
+        # Resumed, the trainer would make one more step before it looks at their number.
+        trainer._load_from_checkpoint(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        state = trainer.state
     trainer.model.eval()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    facts: dict[str, Any] = {"steps": trainer.state.global_step, "logs": logs}
+    facts: dict[str, Any] = {
+        "steps": state.global_step,
+        "logs": [entry for entry in state.log_history if "loss" in entry],
+    }
     return trainer.model, facts
 
 
-def _last_checkpoint(run: Path) -> str | None:
-    """The last one that was written to its end, which the trainer's state is."""
-    whole = [path.parent for path in run.glob(f"checkpoint-*/{STATE}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+def _last_checkpoint(run: Path) -> tuple[str | None, TrainerState | None]:
+    """The last one that was written to its end, and the state of the trainer in it.
 
-
-def methods_of(args: CompressConfig) -> dict[str, str]:
-    """How each kind of unit is scored."""
-    return dict(args.importance or DEFAULT)  # type: ignore[arg-type] # text was read by the config
-
-
-def _cut_kinds(args: CompressConfig, model: PreTrainedModel) -> set[str]:
-    """The kinds of units that a spec cuts, of those that have scores."""
-    target, family = target_of(args.spec, model), family_of(model)
-    before, after = Widths.of(model.config, family), target.widths
-    kinds = {
-        "mlp": before.neurons != after.neurons,
-        "heads": (before.heads, before.kv_heads) != (after.heads, after.kv_heads),
-        "hidden": before.hidden != after.hidden,
-        "layers": target.depth != model.config.num_hidden_layers and args.spec.drop_layers is None,
-    }
-    return {kind for kind, cut in kinds.items() if cut}
+    The state is written last, and in place: a process that is killed then leaves half of the file.
+    """
+    found = sorted(run.glob(f"checkpoint-*/{STATE}"), key=lambda path: int(path.parent.name.split("-")[1]))
+    for path in reversed(found):
+        try:
+            return str(path.parent), TrainerState.load_from_json(str(path))
+        except ValueError:
+            continue
+    return None, None
 
 
 ACTIONS = {"P": prune_step, "KD": distil_step, "Q": quantize_step}

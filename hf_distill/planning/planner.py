@@ -81,7 +81,12 @@ def plan(
         ValueError: For an unknown choice, a number below 1, or a quantised student without adapter.
     """
     _check_choices(sharding, teacher_quantization, student_quantization, peft_config)
-    _check_sizes(world_size, per_device_batch_size, sequence_length, gradient_accumulation_steps)
+    _check_sizes(
+        world_size=world_size,
+        per_device_batch_size=per_device_batch_size,
+        sequence_length=sequence_length,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
     teacher = _Model(teacher_config, teacher_quantization)
     student = _Model(student_config, student_quantization)
     adapter = None if peft_config is None else adapter_count(student_config, peft_config)
@@ -146,12 +151,10 @@ def _check_choices(
         )
 
 
-def _check_sizes(*sizes: int) -> None:
-    if min(sizes) < 1:
-        raise ValueError(
-            "World size, batch size, sequence length and accumulation steps must be at least 1, got "
-            f"{', '.join(map(str, sizes))}."
-        )
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` is {size}; expected a whole number of at least 1, for example `{name}=8`.")
 
 
 def _resident(

@@ -81,7 +81,7 @@ def estimate_importance(
         >>> scores = estimate_importance(model, DataLoader(rows, batch_size=8, collate_fn=collator))
         >>> scores.save("outputs/importance")
     """
-    methods = _check_methods(methods, teacher)
+    methods = check_methods(methods, teacher)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"`max_tokens` is {max_tokens}; expected a number >= 1, or None for all of `dataloader`.")
     parts, family = describe(model), family_of(model)
@@ -132,13 +132,20 @@ def _check_family(family: Family, methods: Mapping[str, str]) -> None:
         )
 
 
-def _check_methods(methods: Mapping[str, str], teacher: nn.Module | None) -> dict[str, str]:
+def check_methods(
+    methods: Mapping[str, str], teacher: nn.Module | None = None, name: str = "methods"
+) -> dict[str, str]:
+    """Return the methods; `name` is what messages call them.
+
+    Raises:
+        ValueError: A kind or method is unknown, or none would ask the teacher.
+    """
     unknown = sorted(methods.keys() - METHODS.keys())
     if unknown or not methods:
-        raise ValueError(f"`methods` is {dict(methods)}; expected some of {list(METHODS)}, for example {DEFAULT}.")
+        raise ValueError(f"`{name}` is {dict(methods)}; expected some of {list(METHODS)}, for example {DEFAULT}.")
     for kind, method in methods.items():
         if method not in METHODS[kind]:
-            raise ValueError(f"`methods` has {kind!r}: {method!r}; expected one of {list(METHODS[kind])}.")
+            raise ValueError(f"`{name}` has {kind!r}: {method!r}; expected one of {list(METHODS[kind])}.")
     if teacher is not None and not set(methods.values()) & set(LOSS_METHODS):
         raise ValueError(
             f"`teacher` would be ignored: none of the methods {dict(methods)} has a loss; take 'taylor' or 'fisher' "

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from hf_distill.anatomy import describe
 from hf_distill.students.families import Family, family_of
 from hf_distill.students.report import PruneReport
-from hf_distill.students.resolve import concrete, target_of
+from hf_distill.students.resolve import check_cuts, concrete, target_of
 from hf_distill.students.scores import ImportanceScores
 from hf_distill.students.selection import Kept, select
 from hf_distill.students.spec import PruneSpec
@@ -61,6 +61,7 @@ def prune(
     check_readable(model, "prune")
     parts = describe(model)
     target, before = target_of(spec, model), Widths.of(parts.model.config, family)
+    check_cuts(spec, model, target)
     if scores is None:
         scores = weight_norms(model)
         warnings.warn(

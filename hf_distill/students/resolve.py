@@ -63,6 +63,22 @@ def concrete(spec: PruneSpec, target: Target) -> PruneSpec:
     )
 
 
+def check_cuts(spec: PruneSpec, model: nn.Module, target: Target) -> None:
+    """Refuse a target that is the model itself: a run would go on and call it pruned.
+
+    Raises:
+        ValueError: The sizes that are asked for are, when rounded, those of the model.
+    """
+    parts = describe(model)
+    before = Target(parts.num_layers, Widths.of(parts.model.config, family_of(model)))
+    if target == before:
+        raise ValueError(
+            f"The spec {spec.asked} cuts nothing: the model has {before.depth} layers, {before.widths.neurons} "
+            f"neurons, {before.widths.hidden} channels and {before.widths.heads} heads, and widths are rounded to "
+            f"multiples of round_to={spec.round_to}. Give smaller sizes, or a smaller `round_to`."
+        )
+
+
 def target_of(spec: PruneSpec, model: nn.Module) -> Target:
     """As `resolve`, in the terms of the surgery."""
     parts, family = describe(model), family_of(model)

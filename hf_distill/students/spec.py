@@ -52,19 +52,32 @@ class PruneSpec:
 
     def __post_init__(self) -> None:
         if self.drop_layers is not None:
+            layers = self.drop_layers
+            if not isinstance(layers, list | tuple | range) or not all(_is_whole(layer) for layer in layers):
+                raise ValueError(f"`drop_layers` is {layers!r}; expected numbers of layers from 0, such as [3, 4].")
             object.__setattr__(self, "drop_layers", tuple(sorted(self.drop_layers)))
             if len(set(self.drop_layers)) < len(self.drop_layers):
                 raise ValueError(f"`drop_layers` is {list(self.drop_layers)}; expected every layer once.")
         for name in (*COUNTS, "round_to"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and (not _is_whole(value) or value < 1):
                 raise ValueError(f"`{name}` is {value!r}; expected a whole number >= 1.")
-        if self.params_ratio is not None and not 0 < self.params_ratio < 1:
-            raise ValueError(f"`params_ratio` is {self.params_ratio}; expected a share between 0 and 1, such as 0.7.")
+        ratio = self.params_ratio
+        if ratio is not None and (not isinstance(ratio, int | float) or not 0 < ratio < 1):
+            raise ValueError(f"`params_ratio` is {ratio!r}; expected a share between 0 and 1, such as 0.7.")
         if all(getattr(self, name) is None for name in (*COUNTS, "drop_layers", "params_ratio")):
             raise ValueError("The spec asks for nothing; give a size, for example `PruneSpec(params_ratio=0.7)`.")
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The fields that ask for something."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name != "round_to"}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them; `PruneSpec(**fields)` reads them."""
         fields = asdict(self)
         return fields | {"drop_layers": None if self.drop_layers is None else list(self.drop_layers)}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -79,9 +79,9 @@ def load_teacher(
         ```
     """
     if quantization is not None:
-        _check_choice("quantization", quantization, QUANTIZATIONS)
+        check_choice("quantization", quantization, QUANTIZATIONS)
     if task is not None:
-        _check_choice("task", task, AUTO_CLASSES)
+        check_choice("task", task, AUTO_CLASSES)
     settings = {"dtype": _resolve_dtype(dtype, quantization), **model_kwargs}
     if quantization is not None:
         if "quantization_config" in model_kwargs:
@@ -234,7 +234,7 @@ def _check_source(name_or_path: str | os.PathLike[str]) -> str:
     return name
 
 
-def _check_choice(argument: str, value: str, allowed: Collection[str]) -> None:
+def check_choice(argument: str, value: str, allowed: Collection[str]) -> None:
     """Raise a ValueError that names the nearest choice."""
     if value in allowed:
         return
@@ -246,9 +246,9 @@ def _check_choice(argument: str, value: str, allowed: Collection[str]) -> None:
 def _resolve_dtype(dtype: str | torch.dtype, quantization: str | None) -> str | torch.dtype:
     """Return "auto" or a floating torch dtype."""
     if isinstance(dtype, torch.dtype):
-        _check_choice("dtype", str(dtype).removeprefix("torch."), DTYPES)
+        check_choice("dtype", str(dtype).removeprefix("torch."), DTYPES)
         return dtype
-    _check_choice("dtype", dtype, DTYPES)
+    check_choice("dtype", dtype, DTYPES)
     if dtype != "auto":
         return getattr(torch, dtype)
     # What is left beside the quantised weights (embeddings, norms, head) would else be fp32 in an fp32 checkpoint.

@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 
 from hf_distill.objectives import AttentionObjective, HiddenStateObjective, LogitObjective
 from hf_distill.objectives.base import check_weight
+from hf_distill.quantization import QUANTIZATIONS
+from hf_distill.teachers.loading import DTYPES, check_choice
 
 
 # Lower is better for these, although their names do not end in "loss", which is all that transformers looks at.
@@ -85,6 +87,10 @@ class DistillationArguments:
         HiddenStateObjective(loss=self.hidden_loss, layer_mapping=self.layer_mapping)
         AttentionObjective(loss=self.attention_loss)
         check_weight("objective_lr_multiplier", self.objective_lr_multiplier)
+        if self.teacher_quantization is not None:
+            check_choice("teacher_quantization", self.teacher_quantization, QUANTIZATIONS)
+        if isinstance(self.teacher_dtype, str):
+            check_choice("teacher_dtype", self.teacher_dtype, DTYPES)
         self._check_trainer_fields()
         super().__post_init__()  # type: ignore[misc] # the other base is a TrainingArguments
 

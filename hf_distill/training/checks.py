@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from datasets import Dataset
+from pyarrow import compute, types
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,6 +18,7 @@ C = TypeVar("C")
 
 # Dropping these changes no loss: they are recomputed, constant for one sequence, or read by the sampler.
 HARMLESS_COLUMNS = frozenset({"attention_mask", "length", "special_tokens_mask", "token_type_ids"})
+CHATS = ("messages", "conversations")
 
 
 def check_config(args: Any, expected: type[C]) -> C:
@@ -131,6 +134,68 @@ def check_columns(dataset: Any, kept: Sequence[str], what: str) -> None:
             f"The {what} dataset has columns {dropped} that the model does not take, so the collator would drop them "
             f"in silence; remove them with `dataset.remove_columns({dropped})`, or keep them with "
             "`remove_unused_columns=False` and your own `data_collator`."
+        )
+
+
+def check_text(dataset: Any, field: str) -> None:
+    """Refuse a dataset that TRL cannot turn into token ids; its own preparation ends in a KeyError.
+
+    Args:
+        dataset: A `datasets.Dataset` or `IterableDataset`; anything else is not checked.
+        field: The column of text where there is one.
+
+    Raises:
+        ValueError: It has no column of TRL's formats, or a row without text or chat.
+    """
+    features = getattr(dataset, "features", None)
+    if not features or "input_ids" in features:
+        return
+    found = [name for name in ("messages", "conversations", "prompt", "completion", field) if name in features]
+    if not found or ("prompt" in found) != ("completion" in found):
+        raise ValueError(
+            f"The dataset has the columns {list(features)}; expected `input_ids`, or one of TRL's formats: `{field}`, "
+            f'`messages`, or `prompt` and `completion`. Rename a column: `dataset.rename_column("review", "{field}")`.'
+        )
+    for name in found if isinstance(dataset, Dataset) else ():
+        _check_column(dataset, name, chat=name in CHATS)
+
+
+def _check_column(dataset: Dataset, name: str, *, chat: bool) -> None:
+    """Refuse a column that is no text, no chat, or empty in a row."""
+    column = dataset.data.column(name)
+    is_list = types.is_list(column.type) or types.is_large_list(column.type)
+    is_text = types.is_string(column.type) or types.is_large_string(column.type)
+    if not is_list and (chat or not is_text):
+        expected = 'messages, `[{"role": "user", "content": "..."}]`' if chat else "strings"
+        raise ValueError(f"The dataset's column `{name}` is of {column.type}; expected {expected}.")
+    shortest = compute.min(compute.list_value_length(column)).as_py() if is_list else None
+    if column.null_count or shortest == 0:
+        # It may be of a row that was selected away.
+        empty = [index for index, value in enumerate(dataset[name]) if value is None or (is_list and not value)]
+        if empty:
+            raise ValueError(
+                f"Row {empty[0]} of the dataset has {dataset[name][empty[0]]} in `{name}`; drop such rows: "
+                f"`dataset.filter(lambda row: row[{name!r}])`."
+            )
+
+
+def check_predictions(rows: Any, what: str) -> None:
+    """Refuse prepared rows in which nothing is predicted: their loss is zero, and nobody would notice.
+
+    Args:
+        rows: A `datasets.Dataset` of token ids; anything else is not checked.
+        what: The name of the dataset, for the message.
+
+    Raises:
+        ValueError: No row is left, or none has two tokens.
+    """
+    if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
+        return
+    longest = compute.max(compute.list_value_length(rows.data.column("input_ids"))).as_py()
+    if len(rows) == 0 or (longest or 0) < 2:
+        raise ValueError(
+            f"The {what} dataset has no row with a token to predict: its texts are empty, or every label is masked. "
+            "Look at its first row, and at `max_length` and `assistant_only_loss`, which may leave no answer."
         )
 
 

@@ -15,7 +15,7 @@ from trl.trainer import sft_trainer
 from hf_distill.objectives import Objective
 from hf_distill.teachers import Teacher
 from hf_distill.training.arguments import DistillationArguments
-from hf_distill.training.checks import check_columns, check_config
+from hf_distill.training.checks import check_columns, check_config, check_predictions, check_text
 from hf_distill.training.mixin import DistillationMixin
 
 
@@ -93,10 +93,15 @@ class KDSFTTrainer(DistillationMixin, SFTTrainer):
                 "`eval_packing=False`."
             )
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
-        columns = (*SFT_COLUMNS, args.dataset_text_field)
-        check_columns(dataset, columns, "given")
-        return super()._prepare_dataset(dataset, processing_class, args, *rest)
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        check_columns(dataset, (*SFT_COLUMNS, args.dataset_text_field), "given")
+        if formatting_func is None:
+            check_text(dataset, args.dataset_text_field)
+        rows = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        check_predictions(rows, dataset_name)
+        return rows
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ LARGEST_PLOT = 60_000  # bytes
 
 
 def test_every_recipe_that_runs_here_has_its_card():
-    assert {"quickstart", "classify_reviews"} <= {folder.name for folder in FOLDERS}
+    assert {"quickstart", "classify_reviews", "compress_smollm2"} <= {folder.name for folder in FOLDERS}
     assert [folder for folder in CARDS.iterdir() if folder.is_dir() and folder.name != "__pycache__"] != []
     assert {path.parent for path in CARDS.glob("*/README.md")} == set(FOLDERS)
 

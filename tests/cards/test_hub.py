@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_session
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
@@ -39,7 +39,12 @@ def folder(tmp_path):
     path = tmp_path / "student"
     tiny.model("llama").save_pretrained(path)
     tiny.tokenizer().save_pretrained(path)
-    for name in ("checkpoint-4/model.safetensors", "runs/events", "training_args.bin"):
+    for name in (
+        "checkpoint-4/model.safetensors",
+        "checkpoint-4/trainer_state.json",
+        "runs/events",
+        "training_args.bin",
+    ):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(b"not of the model")
     return path
@@ -93,7 +98,8 @@ def test_an_adapter_is_pushed_alone_with_a_card_of_ours(hub, tmp_path):
 
 def test_a_folder_is_pushed_without_checkpoints_and_logs_and_keeps_its_card(hub, folder):
     (folder / "README.md").write_text("# mine\n")
-    assert main(["push", str(folder), "me/student", "--create-pr"]) == 0
+    assert main(["push", str(folder), "me/student", "--create-pr", "--private"]) == 0
+    assert hub.created[0]["visibility"] == "private"
     files = hub.files["me/student"]
     assert not any(name.startswith(("checkpoint", "runs", "training_args")) for name in files)
     assert files["README.md"] == b"# mine\n"
@@ -113,15 +119,25 @@ def test_a_branch_is_made_and_pushed_to(hub, folder):
         ("/commit/", 403, "refused the token"),
         ("/commit/", 500, "answered with status 500"),
         ("/resolve/", 500, "was not finished"),
+        ("/repos/create", "silence", r"could not be reached \(ReadTimeout"),
+        ("/commit/", "silence", r"could not be reached \(ReadTimeout"),
+        ("/preupload/", "reset", r"could not be reached \(RemoteProtocolError"),
+        ("/commit/", "reset", r"could not be reached \(RemoteProtocolError"),
     ],
 )
-def test_a_fault_of_the_network_leaves_the_folder_and_a_second_call_finishes(hub, tmp_path, where, status, message):
+def test_a_fault_of_the_network_leaves_the_folder_and_a_second_call_finishes(
+    hub, tmp_path, monkeypatch, where, status, message
+):
+    monkeypatch.setattr("hf_distill.cards.hub.PATIENCE", 0.2)
     hub.faults[where] = [status] * 50
     folder = tmp_path / "student"
     with pytest.raises(ConnectionError, match=message) as error:
         push_distilled(tiny.model("llama"), "me/student", REPORT, tiny.tokenizer(), card=CARD, folder=folder)
     assert f"hf-distill push {folder} me/student" in str(error.value)
     hub.faults.clear()
+    monkeypatch.undo()  # of PATIENCE, too: nothing of it may stay with the client
+    talk_to(hub.url, monkeypatch)
+    assert get_session().timeout.read is None
     assert push_distilled(folder, "me/student").files == tuple(sorted(hub.files["me/student"]))
     assert "org/teacher" in hub.files["me/student"]["README.md"].decode()
 
@@ -130,6 +146,12 @@ def test_a_refused_connection_is_said_in_a_line(folder, monkeypatch, capsys):
     talk_to("http://127.0.0.1:9", monkeypatch)
     assert main(["push", str(folder), "me/student"]) == 2
     assert "could not be reached" in capsys.readouterr().err
+
+
+def test_a_push_without_a_network_says_that_the_folder_is_complete(folder, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["push", str(folder), "me/student"]) == 2
+    assert "is complete: `hf-distill push" in capsys.readouterr().err
 
 
 def test_a_file_that_arrives_changed_is_noticed(hub, folder, monkeypatch):
@@ -169,6 +191,10 @@ def wrap(folder):
     ("damage", "message"),
     [
         (leave_checkpoints_alone, r"holds no model.*checkpoint-4"),
+        (
+            lambda folder: (folder / "checkpoint-4" / "trainer_state.json").unlink(),
+            r"holds \['checkpoint-4'\], which were not written to their end",
+        ),
         (cut, "cut short or damaged"),
         (add_a_teacher, "weights that are not the model's: .'teacher/model.safetensors'"),
         (wrap, "holds a teacher's weights"),

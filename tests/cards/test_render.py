@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -133,7 +134,7 @@ def test_a_card_survives_reading_and_writing(data):
 def test_what_is_not_known_is_not_written():
     text = render_card(DistillationCard(name="student", teacher="org/teacher"))
 
-    assert sections(text) == ["Limits"]
+    assert sections(text) == ["Licences", "Limits"]  # which are unknown
     assert "Keeps" not in text
     assert "\n\n\n" not in text
     assert set(yaml.safe_load(text.split("---\n")[1])) == {"library_name", "pipeline_tag", "tags", "distillation"}
@@ -262,6 +263,33 @@ def test_a_licence_that_the_hub_does_not_know_is_declared_as_other(license_name,
     metadata = yaml.safe_load(render_card(DistillationCard("s", "t", license=license_name)).split("---\n")[1])
 
     assert {key: value for key, value in metadata.items() if key.startswith("license")} == expected
+
+
+def test_the_headline_is_followed_by_what_it_is_weighed_against():
+    sizes = {"teacher": (400, 100.0), "student": (300, 125.0)}
+    report = replace(
+        REPORT,
+        rows=tuple(replace(row, baseline=None, baselines={"before": 0.4, "labels": None}) for row in REPORT.rows[:1]),
+        footprints=tuple(
+            Footprint(name, 1, size, speed, None, "bf16", "cpu") for name, (size, speed) in sizes.items()
+        ),
+    )
+
+    lines = render_card(replace(FULL, report=report)).splitlines()
+
+    place = next(index for index, line in enumerate(lines) if line.startswith("**Keeps"))
+    kept = report.mean_retention_of("before")
+    assert lines[place + 1] == (
+        f"On the same items: before {100 * kept:.1f} %. Its weights take 75.0 % of the teacher's megabytes, and it "
+        "reads 1.25 times as many tokens per second."
+    )
+    alone = replace(report, rows=tuple(replace(row, baselines={}) for row in report.rows), footprints=())
+    assert "On the same items" not in render_card(replace(FULL, report=alone))
+
+
+def test_licences_that_nobody_gave_are_unknown_where_there_is_a_teacher():
+    assert "| teacher | unknown |" in render_card(DistillationCard("s", "t"))
+    assert "Licences" not in render_card(DistillationCard("s"))
 
 
 def test_an_unknown_licence_beside_a_known_one_says_unknown():

@@ -61,9 +61,9 @@ def test_a_wide_gap_names_the_candidate_in_between(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--gpus", "0"], "`gpus` is 0"),
+        (["--gpus", "0"], "`--gpus` is 0"),
         (["--tokens", "0"], "`--tokens` is 0"),
-        (["--length", "0"], "must be at least 1"),
+        (["--length", "0"], "`--length` is 0; expected a whole number of at least 1"),
     ],
 )
 def test_wrong_numbers_are_said_in_a_line(configs, given, message, capsys):

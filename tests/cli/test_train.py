@@ -46,10 +46,9 @@ def test_flags_give_a_student_its_report_and_its_card(given, tmp_path, capsys):
 
 
 def test_a_yaml_file_says_the_same_and_flags_win_over_it(given, tmp_path):
-    evaluated = given.pop("eval_dataset")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(given | {"use_peft": True, "lora_r": 2}))
-    arguments = ["--config", str(tmp_path / "run.yaml"), "--eval_dataset", evaluated, "--lora_r", "3"]
-    assert main(["train", *arguments]) == 0
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--lora_r", "3"]) == 0
+    assert (tmp_path / "out" / "retention.json").is_file()
     assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").peft_config["default"].r == 3
 
 

@@ -39,6 +39,8 @@ def test_a_report_is_drawn_as_png_and_svg(tmp_path):
     assert "teacher" in tradeoff
     assert "before" in tradeoff
     assert "labels alone" not in tradeoff  # its size is not known
+    assert "weights (MB)" in tradeoff
+    assert {"4", "8"} <= set(tradeoff.split())  # megabytes, not millions of parameters
 
 
 def test_what_is_not_defined_is_not_drawn(tmp_path):

@@ -1,14 +1,19 @@
-"""A short pipeline, and its death: shared by the tests and by the processes that they kill."""
+"""A short pipeline, and its death: run in processes that kill themselves, as a lost node would end them."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
+from hf_distill.pipelines import CompressConfig, compress, steps
+from hf_distill.pipelines.stage import Stage
 from tests import tiny
 
 
@@ -27,45 +32,91 @@ SETTINGS = {
 }
 
 
+def run(root: Path, changed: dict[str, Any]) -> None:
+    """Run the pipeline of `root/teacher` in `root/out`, and note how long that took."""
+    start = time.perf_counter()
+    compress(root / "teacher", tiny.tokenized_dataset(16), CompressConfig(str(root / "out"), **(SETTINGS | changed)))
+    (root / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+
+
+def run_and_die(root: Path, changed: dict[str, Any], stage: str, moment: str) -> None:
+    """The same, until a moment of a stage.
+
+    Args:
+        root: As in `run`.
+        changed: As in `run`.
+        stage: Its name.
+        moment: "begin"; "training", before the third step; "checkpoint", while the third is written; "written", when
+            the model is, in the place where the stage works; or "done", when it has just appeared in its own.
+    """
+    make, move = Stage.run, os.replace
+
+    def dying(self, build):
+        def until(written, kept):
+            if moment == "begin":
+                die()
+            if moment == "training":
+                _die_before_the_third_step()
+            if moment == "checkpoint":
+                _die_in_the_third_checkpoint()
+            facts = build(written, kept)
+            if moment == "written":
+                die()
+            return facts
+
+        return make(self, until if self.name == stage else build)
+
+    def moved(source, target):
+        move(source, target)
+        if moment == "done" and Path(target).name == stage:
+            die()
+
+    Stage.run, os.replace = dying, moved
+    run(root, changed)
+
+
+def run_and_die_after(root: Path, changed: dict[str, Any], seconds: float) -> None:
+    """The same, for some seconds, whatever happens then."""
+
+    def wait() -> None:
+        time.sleep(seconds)
+        die()
+
+    threading.Thread(target=wait, daemon=True).start()
+    run(root, changed)
+
+
+def die() -> None:
+    """No cleanup, no exception."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Death(TrainerCallback):
-    """Kills the process in training, as a lost node would: no cleanup, no exception."""
+    """Comes before the third step."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
 
-def die_in(step: str) -> None:
-    """Make a step kill its process when it has done most of its work."""
-    from hf_distill.pipelines import steps
+def _die_before_the_third_step() -> None:
+    trainer = steps.KDTrainer
 
-    if step == "KD":
-        trainer = steps.KDTrainer
+    def mortal(*args, **kwargs):
+        made = trainer(*args, **kwargs)
+        made.add_callback(Death())
+        return made
 
-        def with_death(*args, **kwargs):
-            made = trainer(*args, **kwargs)
-            made.add_callback(Death())
-            return made
-
-        steps.KDTrainer = with_death
-        return
-    action = steps.ACTIONS[step]
-
-    def dying(context, source, written, run):
-        action(context, source, written, run)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    steps.ACTIONS[step] = dying
+    steps.KDTrainer = mortal
 
 
-def main(root: str, order: str, victim: str) -> None:
-    """Run the pipeline and be killed in a step."""
-    from hf_distill.pipelines import CompressConfig, compress
+def _die_in_the_third_checkpoint() -> None:
+    save = TrainerState.save_to_json
 
-    die_in(victim)
-    args = CompressConfig(f"{root}/out", order=order, **SETTINGS)
-    compress(Path(root) / "teacher", tiny.tokenized_dataset(16), args)
+    def torn(self, path):
+        if self.global_step < 3:
+            return save(self, path)
+        Path(path).write_text('{"global_step": ')
+        return die()
 
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    TrainerState.save_to_json = torn

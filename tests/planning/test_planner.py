@@ -102,7 +102,7 @@ def test_sharding_a_teacher_names_the_host_memory_that_loading_takes():
     ("kwargs", "message"),
     [
         ({"sharding": "fsdp"}, "`sharding` must be one of"),
-        ({"world_size": 0}, "at least 1"),
+        ({"world_size": 0}, "`world_size` is 0; expected a whole number of at least 1"),
         ({"teacher_quantization": "int4"}, "got 'int4'"),
         ({"student_quantization": "nf4"}, "peft_config=LoraConfig"),
     ],

@@ -224,6 +224,12 @@ def test_models_that_cannot_be_cut_are_refused_with_the_way_out(tmp_path):
         cut(changed, hidden_size=16)
 
 
+@pytest.mark.parametrize("spec", [{"intermediate_size": 60}, {"num_hidden_layers": 2}, {"drop_layers": ()}])
+def test_a_spec_that_is_rounded_to_what_is_there_is_refused(spec):
+    with pytest.raises(ValueError, match=r"cuts nothing: the model has 2 layers, 64 neurons.*smaller `round_to`"):
+        prune(tiny.model("llama"), PruneSpec(**spec))
+
+
 def test_scores_of_another_model_or_without_what_is_cut_are_refused():
     model = build("llama")
     scores = random_scores(model, layers=3)

@@ -178,7 +178,11 @@ def test_a_spec_that_cannot_be_met_is_refused_with_what_can(family, spec, messag
         ({"num_hidden_layers": 0}, "`num_hidden_layers` is 0; expected a whole number >= 1"),
         ({"hidden_size": 1.5}, "`hidden_size` is 1.5"),
         ({"params_ratio": 1.0}, "`params_ratio` is 1.0; expected a share between 0 and 1"),
+        ({"params_ratio": "0.7"}, "`params_ratio` is '0.7'; expected a share"),
         ({"drop_layers": (1, 1)}, "every layer once"),
+        ({"drop_layers": 3}, "`drop_layers` is 3; expected numbers of layers"),
+        ({"drop_layers": "12"}, "`drop_layers` is '12'; expected numbers of layers"),
+        ({"drop_layers": [0.5]}, r"`drop_layers` is \[0.5\]; expected numbers of layers"),
     ],
 )
 def test_a_spec_that_means_nothing_is_refused(fields, message):

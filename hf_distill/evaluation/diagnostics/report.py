@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_distill.evaluation.bootstrap import Estimate
-from hf_distill.evaluation.json_file import read_json, write_json
+from hf_distill.evaluation.json_file import load_json, write_json
 from hf_distill.evaluation.tables import format_cell, format_share, markdown_table
 
 
@@ -145,7 +145,7 @@ class Diagnosis:
     @classmethod
     def load(cls, path: str | Path) -> Diagnosis:
         """Read what `save` wrote."""
-        return cls.from_dict(read_json(path, "a diagnosis"))
+        return load_json(path, "a diagnosis", cls.from_dict)
 
     def to_markdown(self) -> str:
         """The findings with evidence and remedy, then the tables."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from hf_distill.evaluation.benchmarks import check_positive
 from hf_distill.evaluation.bootstrap import Estimate, ItemScores, interval, resampled_means
 from hf_distill.evaluation.memorization.attacks import MODEL, REFERENCE, score_rows
 from hf_distill.evaluation.memorization.blind import blind_scores
@@ -67,7 +68,7 @@ def audit_memorization(
         print(report)
         ```
     """
-    _check(model, members, non_members, batch_size)
+    _check(model, members, non_members, batch_size, max_length)
     lineup = Lineup({MODEL: model} | ({} if reference is None else {REFERENCE: reference}), tokenizer)
     if lineup.task != "causal_lm":
         raise ValueError(f"`model` is a {lineup.task} model; the attacks are on causal language models.")
@@ -99,7 +100,7 @@ def audit_memorization(
     )
 
 
-def _check(model: Any, members: Dataset, non_members: Dataset, batch_size: int) -> None:
+def _check(model: Any, members: Dataset, non_members: Dataset, batch_size: int, max_length: int | None) -> None:
     """Check what can be checked before the models are looked into."""
     for name, dataset in (("members", members), ("non_members", non_members)):
         check_dataset(dataset)
@@ -107,8 +108,7 @@ def _check(model: Any, members: Dataset, non_members: Dataset, batch_size: int) 
             raise ValueError(f"`{name}` has {len(dataset)} rows; expected at least {LEAST_ROWS}, better 1,000.")
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` is a {type(model).__name__}; expected a model: of a Teacher, `teacher.model`.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}; expected at least 1, for example `batch_size=8`.")
+    check_positive(batch_size=batch_size, max_length=max_length)
 
 
 def _check_apart(members: Sequence[Row], non_members: Sequence[Row]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_distill.evaluation.bootstrap import Estimate
-from hf_distill.evaluation.json_file import read_json, write_json
+from hf_distill.evaluation.json_file import load_json, write_json
 from hf_distill.evaluation.tables import format_cell, format_share, markdown_table
 
 
@@ -154,7 +154,7 @@ class MemorizationReport:
     @classmethod
     def load(cls, path: str | Path) -> MemorizationReport:
         """Read what `save` wrote."""
-        return cls.from_dict(read_json(path, "the report of an audit"))
+        return load_json(path, "the report of an audit", cls.from_dict)
 
     def verdict(self) -> str:
         """What was found, in a sentence."""

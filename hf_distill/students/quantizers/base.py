@@ -137,9 +137,21 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 def load_plain(folder: Path, **kwargs: Any) -> PreTrainedModel:
-    """A model folder, read by the class that its config names, in eval mode."""
+    """A model folder, read by the class that its config names, in eval mode.
+
+    Raises:
+        ValueError: `from_pretrained` does not know one of the arguments.
+    """
     config = transformers.AutoConfig.from_pretrained(folder)
-    return model_class(config).from_pretrained(folder, **kwargs).eval()
+    try:
+        return model_class(config).from_pretrained(folder, **kwargs).eval()
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(
+            f"`model_kwargs` is {kwargs}: {error}. Expected arguments of `from_pretrained`, such as "
+            '{"attn_implementation": "eager"}.'
+        ) from error
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
