@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
+from hf_distill.cards.folder import STATE
 from hf_distill.evaluation.rows import collate
 from hf_distill.pipelines.arguments import TRAINABLE, CompressConfig
 from hf_distill.pipelines.plan import methods_of
@@ -33,9 +34,6 @@ from hf_distill.students.quantize_report import FILE as QUANTIZED
 from hf_distill.students.quantizers.base import load_plain
 from hf_distill.teachers import ModelTeacher, Teacher, load_teacher
 from hf_distill.training.trainer import KDTrainer
-
-
-STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
