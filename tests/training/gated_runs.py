@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hf_distill.objectives.schedules import linear
-from tests.training.runs import logged, trained
+from tests.training.runs import leave, logged, trained
 from tests.training.test_gates import gated
 from tests.training.test_layer_drop import run
 
@@ -30,6 +30,7 @@ def main() -> None:
         if trainer.is_world_process_zero():
             world = trainer.accelerator.num_processes
             torch.save((trained(trainer), logged(trainer, "loss"), world), folder / f"{name}.pt")
+    leave()
 
 
 if __name__ == "__main__":

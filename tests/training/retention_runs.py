@@ -12,7 +12,7 @@ from hf_distill import RetentionCallback
 from hf_distill.evaluation import KLDivergence, Perplexity
 from hf_distill.evaluation.scoring import Lineup
 from tests import tiny
-from tests.training.runs import make_trainer
+from tests.training.runs import leave, make_trainer
 
 
 class RoundedPerplexity(Perplexity):
@@ -75,6 +75,7 @@ def main() -> None:
     trainer, callback = make(folder / "run", rank, **settings)
     trainer.train()
     (folder / f"rank{rank}.json").write_text(json.dumps(outcome(trainer, callback)))
+    leave()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import gather_object
 from peft import LoraConfig
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel
@@ -127,6 +129,14 @@ def logged(trainer, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+def leave() -> None:
+    """End a rank when all are done, without the exit handlers: threads of open connections make them abort at times."""
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def main() -> None:
     """Train and evaluate every kind on the ranks that the launcher started; rank 0 saves what came out."""
     folder, settings, kinds = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -145,6 +155,7 @@ def main() -> None:
                 "kind": str(trainer.accelerator.distributed_type.value),
             }
             torch.save({"weights": weights, "report": report}, folder / f"{name}.pt")
+    leave()
 
 
 if __name__ == "__main__":
