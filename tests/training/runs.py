@@ -130,7 +130,7 @@ def logged(trainer, key: str) -> list[float]:
 
 
 def leave() -> None:
-    """End a rank when all are done, without the exit handlers: threads of open connections make them abort at times."""
+    """End a rank when all are done, without exit handlers: threads of open connections make them abort at times."""
     dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
