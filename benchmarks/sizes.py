@@ -64,7 +64,7 @@ def _measure(setting: Setting, names: list[str], threads: int) -> tuple[dict[str
         own = (pack_ids(np.array([setting.vocabulary - 1])).nbytes * setting.length + 16 + 4) / (setting.length - 1)
         found[name] = {"bytes": each / len(labels) + once / setting.shard_tokens + own}
         print(name, found[name], flush=True)
-    entropies = [block.spread(1.0, entropy=True).entropy for block in blocks(output.at(torch.arange(2048)))]
+    entropies = [block.spreads[1.0].entropy for block in blocks(output.at(torch.arange(2048)), [1.0], [1.0])]
     return found, round(torch.cat([part for part in entropies if part is not None]).mean().item(), 2)
 
 

@@ -76,10 +76,15 @@ class LogitsEncoding(BaseEncoding):
             uniforms = uniforms.to(output.hidden.device)
         pieces = []
         with torch.no_grad(), torch.autocast(output.hidden.device.type, enabled=False):
-            for block in blocks(output):
+            for block in blocks(output, self.temperatures, self.entropies):
                 chosen = None if uniforms is None else uniforms[block.part]
                 pieces.append(self.look(block, labels[block.part], chosen))
             return {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
+
+    @property
+    def entropies(self) -> tuple[float, ...]:
+        """Temperatures at which the entropy is kept."""
+        return self.temperatures
 
     @abstractmethod
     def look(self, block: Block, labels: Tensor, uniforms: Tensor | None) -> dict[str, Tensor]:

@@ -51,8 +51,8 @@ class Dense(LogitsEncoding):
 
     def look(self, block: Block, labels: Tensor, uniforms: Tensor | None) -> dict[str, Tensor]:
         """See `LogitsEncoding`."""
-        spread = block.spread(1.0, entropy=False)
-        log_probs = log_probs_of(block.logits[:, : self.vocab_size], spread.log_total)
+        every = torch.arange(self.vocab_size, device=labels.device).expand(len(labels), -1)
+        log_probs = log_probs_of(block.logits(every), block.spreads[1.0].log_total)
         return {"log_probs": log_probs.to(_DTYPES[self.dtype])}
 
     def pack(self, columns: Columns) -> Arrays:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,40 +11,43 @@ from torch import Tensor
 from hf_distill.cache.values import unpack_codes
 
 
-# Rows of the table that the vocabulary is seen as: first a column is found, then the place in it.
-_DEPTH = 32
+# So far above the smallest number of single precision that a column with this mass has a weight above 0.
+LEAST_MASS = 2.0**-100
 
 
-def draw(weights: Tensor, uniforms: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+def draw(masses: Tensor, inside: Callable[[Tensor], Tensor], uniforms: Tensor, draws: int) -> tuple[Tensor, Tensor]:
     """Draw tokens in proportion to their weights: at (u + j) / draws of the distribution function, j = 0, 1, ...
 
     With p the normalised weights, a token is drawn `draws * p` times on average over u, exactly, and always less than
     once more or less often than that. Independent draws have the same mean and vary more.
 
+    The vocabulary is a table, in whose columns the tokens are W apart: first a column is found, then the place in it.
+
     Args:
-        weights: `[n, V]`, not negative, V a multiple of 32; tokens of a row without any weight are not drawn.
+        masses: What the weights of each column add up to, `[n, W]`; one below `LEAST_MASS` counts as 0. Nothing is
+            drawn of a row without any.
+        inside: Gives the weights in columns `[n, draws]`, from the first row of the table to the last,
+            `[n, D, draws]`; they may be off from those that were added up by rounding.
         uniforms: `[n]` float64, u in [0, 1).
         draws: How many in each row.
 
     Returns:
         The tokens that were drawn, `[n, draws]` int64, each once, and -1 in the slots left over; and how often.
     """
-    table = weights.unflatten(1, (_DEPTH, -1))
-    ends = table.sum(1).double().cumsum(1)
+    ends = masses.where(masses >= LEAST_MASS, 0.0).double().cumsum(1)
     starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
     total = ends[:, -1:].contiguous()
-    steps = torch.arange(draws, device=weights.device)
+    steps = torch.arange(draws, device=masses.device)
     points = (uniforms[:, None] + steps) / draws * total
     # Rounding must not lead behind the last weight, to a token without any.
     points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))
     width = ends.shape[1]
     column = torch.searchsorted(ends, points, right=True).clamp_(max=width - 1)
-    inside = table.gather(2, column[:, None].expand(-1, _DEPTH, -1)).double().cumsum(1)
-    # The sum of a column was rounded to the precision of the weights.
+    within = inside(column).double().cumsum(1)
     share = ((points - starts.gather(1, column)) / (ends - starts).gather(1, column)).clamp_(0.0, 1.0)
-    most = inside[:, -1]
+    most = within[:, -1]
     place = torch.minimum(share * most, torch.nextafter(most, torch.zeros_like(most)))
-    ids = (inside <= place[:, None]).sum(1) * width + column
+    ids = (within <= place[:, None]).sum(1) * width + column
     return _count(ids, total > 0)
 
 

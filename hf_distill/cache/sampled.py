@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_distill.cache.base import LogitsEncoding, at_least
-from hf_distill.cache.draw import draw, pack_counts, unpack_counts
+from hf_distill.cache.draw import pack_counts, unpack_counts
 from hf_distill.cache.encoding import Arrays, Columns
 from hf_distill.cache.ids import SetReader, pack_sets
 from hf_distill.cache.observe import Block, log_masses, log_probs_of
@@ -58,14 +58,14 @@ class Sampled(LogitsEncoding):
     def look(self, block: Block, labels: Tensor, uniforms: Tensor | None) -> dict[str, Tensor]:
         """See `LogitsEncoding`."""
         assert uniforms is not None
-        spread = block.spread(1.0, entropy=True)
-        assert spread.entropy is not None
-        ids, counts = draw(spread.probs, uniforms, self.draws)
+        entropy = block.spreads[1.0].entropy
+        assert entropy is not None
+        ids, counts = block.draw(uniforms, self.draws)
         return {
             "ids": ids.int(),
             "counts": counts.int(),
-            "label_log_probs": label_log_probs(block, labels, spread),
-            "entropies": spread.entropy.float()[:, None],
+            "label_log_probs": label_log_probs(block, labels),
+            "entropies": entropy.float()[:, None],
         }
 
     def pack(self, columns: Columns) -> Arrays:
@@ -137,25 +137,18 @@ class TopKTail(LogitsEncoding):
         """See `LogitsEncoding`."""
         assert uniforms is not None
         values, ids = block.top(self.k)
-        entropies, rests = [], []
-        for temperature in self.temperatures:
-            spread = block.spread(temperature, entropy=True, likeliest=ids[:, :1])
-            entropies.append(spread.entropy)
-            rests.append(spread.take_out_(ids))
-            if temperature == 1.0:
-                at_one = spread
-                proposal = spread.probs if len(self.temperatures) == 1 else spread.probs.clone()
-            else:
-                proposal += spread.probs
-        tail, counts = draw(proposal, uniforms, self.draws)
-        values = torch.cat([values, block.logits.gather(1, tail.clamp(min=0))], 1)
-        log_probs = log_probs_of(values, at_one.log_total)
+        of_labels = label_log_probs(block, labels)
+        rests = block.take_out_(ids)
+        tail, counts = block.draw(uniforms, self.draws)
+        values = torch.cat([values, block.logits(tail.clamp(min=0))], 1)
+        log_probs = log_probs_of(values, block.spreads[1.0].log_total)
         log_probs[:, self.k :].masked_fill_(tail < 0, -math.inf)
+        entropies = [spread.entropy for spread in block.spreads.values() if spread.entropy is not None]
         return {
             "ids": known_ids(torch.cat([ids, tail], 1), log_probs),
             "log_probs": log_probs,
             "counts": F.pad(counts, (self.k, 0)).int(),
-            "label_log_probs": label_log_probs(block, labels, at_one),
+            "label_log_probs": of_labels,
             "entropies": torch.stack(entropies, 1).float(),
             "log_rests": log_masses(rests),
         }

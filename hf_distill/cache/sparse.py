@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_distill.cache.base import LogitsEncoding, at_least
 from hf_distill.cache.encoding import Arrays, Columns
 from hf_distill.cache.ids import SetReader, pack_sets
-from hf_distill.cache.observe import Block, Spread, log_masses, log_probs_of
+from hf_distill.cache.observe import Block, log_masses, log_probs_of
 from hf_distill.cache.values import (
     MAX_BITS,
     normaliser,
@@ -48,21 +48,23 @@ class TopK(LogitsEncoding):
         super().__post_init__()
         check_head(self.k, self.bits, self.vocab_size)
 
+    @property
+    def entropies(self) -> tuple[float, ...]:
+        """See `LogitsEncoding`."""
+        return (1.0,)
+
     def look(self, block: Block, labels: Tensor, uniforms: Tensor | None) -> dict[str, Tensor]:
         """See `LogitsEncoding`."""
         values, ids = block.top(self.k)
-        spread = block.spread(1.0, entropy=True, likeliest=ids[:, :1])
+        spread = block.spreads[1.0]
         assert spread.entropy is not None
         log_probs = log_probs_of(values, spread.log_total)
-        rests = [spread.take_out_(ids)]
-        for temperature in self.temperatures[1:]:
-            rests.append(block.spread(temperature, entropy=False, likeliest=ids[:, :1]).take_out_(ids))
         return {
             "ids": known_ids(ids, log_probs),
             "log_probs": log_probs,
-            "label_log_probs": label_log_probs(block, labels, spread),
+            "label_log_probs": label_log_probs(block, labels),
             "entropies": spread.entropy.float()[:, None],
-            "log_rests": log_masses(rests),
+            "log_rests": log_masses(block.take_out_(ids)),
         }
 
     def pack(self, columns: Columns) -> Arrays:
@@ -118,9 +120,9 @@ def known_ids(ids: Tensor, log_probs: Tensor) -> Tensor:
     return ids.masked_fill(log_probs == -torch.inf, -1).int()
 
 
-def label_log_probs(block: Block, labels: Tensor, spread: Spread) -> Tensor:
-    """The log-probability of the label of each row."""
-    return log_probs_of(block.logits.gather(1, labels[:, None]), spread.log_total)[:, 0]
+def label_log_probs(block: Block, labels: Tensor) -> Tensor:
+    """The log-probability of the label of each row, of which none may have been taken out."""
+    return log_probs_of(block.logits(labels[:, None]), block.spreads[1.0].log_total)[:, 0]
 
 
 def read_log_probs(codes: np.ndarray, steps: np.ndarray, ids: np.ndarray) -> Tensor:

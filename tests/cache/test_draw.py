@@ -2,7 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_distill.cache.draw import draw, pack_counts, unpack_counts
+from hf_distill.cache.draw import LEAST_MASS, draw, pack_counts, unpack_counts
+
+
+DEPTH = 32
 
 
 def some_weights(count=30, width=192):
@@ -15,9 +18,16 @@ def some_weights(count=30, width=192):
     return weights
 
 
+def draw_from(weights, uniforms, draws):
+    """Draw from weights `[n, V]`, V a multiple of 32."""
+    table = weights.unflatten(1, (DEPTH, -1))
+    inside = lambda columns: table.gather(2, columns[:, None].expand(-1, DEPTH, -1))  # noqa: E731
+    return draw(table.sum(1), inside, uniforms, draws)
+
+
 def counts_of(weights, uniforms, draws):
     """How often each token was drawn, `[n, V]`."""
-    ids, counts = draw(weights, uniforms, draws)
+    ids, counts = draw_from(weights, uniforms, draws)
     assert ((ids >= 0) == (counts > 0)).all()
     out = torch.zeros(weights.shape, dtype=torch.int64)
     return out.scatter_add_(1, ids.clamp(min=0), counts)
@@ -45,21 +55,30 @@ def test_the_mean_over_all_uniforms_is_the_distribution():
 
 
 def test_each_token_fills_one_slot():
-    ids, counts = draw(some_weights(), torch.rand(30, dtype=torch.float64), 50)
+    ids, counts = draw_from(some_weights(), torch.rand(30, dtype=torch.float64), 50)
     for row, used in zip(ids, counts > 0, strict=True):
         assert len(row[used].unique()) == used.sum()
         assert used[: used.sum()].all()
 
 
 def test_nothing_is_drawn_where_there_is_no_weight():
-    ids, counts = draw(torch.zeros(2, 64), torch.rand(2, dtype=torch.float64), 5)
+    ids, counts = draw_from(torch.zeros(2, 64), torch.rand(2, dtype=torch.float64), 5)
     assert (ids == -1).all()
     assert (counts == 0).all()
 
 
+def test_a_column_whose_weights_may_be_lost_in_rounding_is_not_drawn_from():
+    weights = torch.zeros(3, 64)
+    weights[:, 5] = LEAST_MASS * torch.tensor([0.5, 2.0, 0.5])
+    weights[2, 6] = 1.0
+    ids, counts = draw_from(weights, torch.full((3,), 0.5, dtype=torch.float64), 4)
+    assert ids[:, 0].tolist() == [-1, 5, 6]
+    assert counts[:, 0].tolist() == [0, 4, 4]
+
+
 @pytest.mark.parametrize("draws", [1, 7, 8, 50])
 def test_counts_come_back_from_as_many_bits_as_there_are_draws(draws):
-    _, counts = draw(some_weights(), torch.rand(30, dtype=torch.float64), draws)
+    _, counts = draw_from(some_weights(), torch.rand(30, dtype=torch.float64), draws)
     counts = torch.cat([counts, torch.zeros(1, draws, dtype=torch.int64), counts]).numpy()
     spread = np.insert(counts, [0, 1], 0, axis=1)  # slots that were not drawn stand between those that were
     for slots in (counts, spread):
