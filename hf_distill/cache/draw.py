@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_distill.cache.values import unpack_codes
+from hf_distill.cache import compiled
 
 
 # So far above the smallest number of single precision that a column with this mass has a weight above 0.
@@ -69,24 +69,24 @@ def pack_counts(counts: np.ndarray, draws: int) -> np.ndarray:
     return np.packbits(bits, axis=1, bitorder="little")
 
 
-def unpack_counts(packed: np.ndarray, draws: int, drawn: np.ndarray) -> np.ndarray:
-    """What `pack_counts` packed, float32; `drawn` `[M, K]` bool says in which slots it is not 0."""
-    counts: np.ndarray = drawn.astype(np.float32)
-    once = np.packbits(np.ones(draws, dtype=np.uint8), bitorder="little")
-    several = np.flatnonzero(_differ(packed, once))  # most tokens were drawn once each
-    known: np.ndarray = packed.take(several, 0)
-    known = known[_differ(known, np.zeros_like(once))]  # the others were not drawn for; these end with a 1
-    ends = np.flatnonzero(unpack_codes(known, draws, 1).view(bool))
-    rows: np.ndarray = counts.take(several, 0).reshape(-1)
-    slots = np.flatnonzero(drawn.take(several, 0))
-    rows[slots] = np.diff(ends, prepend=-1)
-    counts[several] = rows.reshape(-1, drawn.shape[1])
+def read_counts(packed: np.ndarray, numbers: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """What `pack_counts` packed, of some tokens, `[M, K]` float32.
+
+    Args:
+        packed: Of all tokens of a shard.
+        numbers: Of the M tokens.
+        ids: `[M, K]`, K being the number of draws, -1 in the slots that were not drawn, which come last.
+    """
+    if (loops := compiled.loops()) is not None:
+        counts: np.ndarray = np.empty(ids.shape, dtype=np.float32)
+        loops.read_counts(packed, numbers, ids, counts)
+        return counts
+    counts = np.ones(ids.shape, dtype=np.float32)
+    several = np.flatnonzero(ids[:, -1] < 0)  # of all others each was drawn once
+    drawn: np.ndarray = np.greater_equal(ids.take(several, 0), 0)
+    bits = np.unpackbits(packed.take(numbers.take(several), 0), axis=1, count=ids.shape[1], bitorder="little")
+    ends = np.flatnonzero(bits[drawn[:, 0]])  # the others were not drawn for; these end with a 1
+    known: np.ndarray = np.zeros(drawn.shape, dtype=np.float32)
+    known[drawn] = np.diff(ends, prepend=-1)
+    counts[several] = known
     return counts
-
-
-def _differ(rows: np.ndarray, bytes_: np.ndarray) -> np.ndarray:
-    """Which rows of a few bytes are others than these; numpy's reductions over so short an axis are slow."""
-    found: np.ndarray = np.zeros(len(rows), dtype=bool)
-    for column, byte in zip(rows.T, bytes_, strict=True):
-        found |= column != byte
-    return found

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from hf_distill.cache import compiled
 from hf_distill.cache.encoding import Arrays
 from hf_distill.cache.ragged import RaggedReader, pack_ragged
 
 
-# Widths fill half a byte, and 7 + _MAX_WIDTH bits are found in a window of 4 bytes.
-_WIDTH_BITS = 4
-_MAX_WIDTH = 2**_WIDTH_BITS - 1
+# Widths fill half a byte, and 7 + MAX_WIDTH bits are found in a window of 4 bytes.
+WIDTH_BITS = 4
+MAX_WIDTH = 2**WIDTH_BITS - 1
 _WINDOW = 4
 # Sets that are coded at a time: what is made of them on the way stays in the processor's caches.
 _PACKED_AT_ONCE = 4096
@@ -89,6 +90,10 @@ class SetReader:
             Ids `[M, K]` int64, -1 in unused slots, which come last.
         """
         ids: np.ndarray = np.empty((len(numbers), self._slots), dtype=np.int64)
+        if (loops := compiled.loops()) is not None:
+            spans = *self._unary.spans(numbers), *self._low.spans(numbers)
+            loops.read_sets(*spans, self._buckets.entries, self._buckets.ids, ids)
+            return ids
         unary, unary_bounds = self._unary(numbers)
         low, low_bounds = self._low(numbers)
         low = np.append(low, np.zeros(_WINDOW, np.uint8))
@@ -117,7 +122,7 @@ class SetReader:
         windows: np.ndarray = np.ndarray(size, "<i4", low, low_bounds[0], (1,)).copy()
         ends: np.ndarray = np.zeros(len(ones) + 1, dtype=np.int32)
         entry: np.ndarray = self._buckets.entries.take(bucket)
-        width = entry & _MAX_WIDTH
+        width = entry & MAX_WIDTH
         np.cumsum(width, out=ends[1:])
         at = ends[:-1]
         at += np.repeat(((low_bounds[:-1] - low_bounds[0]) * 8 - ends[first]).astype(np.int32), counts)
@@ -125,7 +130,7 @@ class SetReader:
         at &= 7
         rank >>= at
         rank &= (1 << width) - 1
-        entry >>= _WIDTH_BITS
+        entry >>= WIDTH_BITS
         rank += entry
         if not full:
             unused = np.arange(self._slots, dtype=np.int32) >= counts.astype(np.int32)[:, None]
@@ -136,10 +141,42 @@ class SetReader:
             np.copyto(ids, -1, where=unused)
 
 
+def part(ids: np.ndarray, chosen: np.ndarray, numbers: np.ndarray, head: int) -> np.ndarray:
+    """Bring some ids of each set behind the others.
+
+    Args:
+        ids: `[M, K]`, -1 in unused slots, which come last; overwritten.
+        chosen: Of each token of a shard a bit for each slot, `[N, B]` uint8: 1 for those that are brought behind.
+        numbers: Of the M tokens.
+        head: The slots in front of them.
+
+    Returns:
+        `[M, K]`: up to `head` ids, and behind these slots the chosen ones, both with -1 in unused slots at their ends.
+    """
+    if (loops := compiled.loops()) is not None:
+        loops.part(ids, chosen, numbers, head)
+        return ids
+    bits = np.unpackbits(chosen.take(numbers, 0), axis=1, count=ids.shape[1], bitorder="little")
+    is_chosen = bits.view(bool)
+    sides = [(~is_chosen & (ids >= 0), head), (is_chosen, ids.shape[1] - head)]
+    return np.concatenate([_aligned(ids, found, slots) for found, slots in sides], axis=1)
+
+
+def _aligned(ids: np.ndarray, found: np.ndarray, slots: int) -> np.ndarray:
+    """Those of the ids `[M, K]` that were found, in the first of some slots, with -1 in the others, `[M, slots]`."""
+    values: np.ndarray = ids.reshape(-1)[np.flatnonzero(found)]
+    if len(values) == len(ids) * slots:
+        return values.reshape(len(ids), slots)
+    used = np.arange(slots) < found.sum(1)[:, None]
+    aligned: np.ndarray = np.full(used.shape, -1, dtype=ids.dtype)
+    aligned.reshape(-1)[np.flatnonzero(used)] = values
+    return aligned
+
+
 def _widths(counts: np.ndarray, sets: int) -> np.ndarray:
     """The width of each id that occurs in `counts` of the sets: log2(sets / count), rounded down."""
     width: np.ndarray = np.zeros(len(counts), dtype=np.uint8)
-    for bits in range(1, _MAX_WIDTH + 1):
+    for bits in range(1, MAX_WIDTH + 1):
         width += (counts.astype(np.int64) << bits) <= sets
     return width
 
@@ -153,7 +190,7 @@ class _Buckets:
         ranks: The rank of each id, `[V + 1]`; the last is that of -1, above all others.
         bases: First rank of each bucket.
         widths: Bits of a place in each bucket.
-        entries: The first rank and, in the last `_WIDTH_BITS`, the width of each bucket: one look into a table.
+        entries: The first rank and, in the last `WIDTH_BITS`, the width of each bucket: one look into a table.
     """
 
     ids: np.ndarray
@@ -174,7 +211,7 @@ class _Buckets:
             of_bucket.append(np.full(len(bases[-1]), width))
             base += count
         bases, of_bucket = (np.concatenate(arrays).astype(np.int32) for arrays in (bases, of_bucket))
-        return cls(ids, ranks, bases, of_bucket, bases << _WIDTH_BITS | of_bucket)
+        return cls(ids, ranks, bases, of_bucket, bases << WIDTH_BITS | of_bucket)
 
 
 def _pack_sorted(ranks: np.ndarray, buckets: _Buckets) -> list[tuple[np.ndarray, np.ndarray]]:

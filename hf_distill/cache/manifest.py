@@ -11,7 +11,7 @@ from typing import Any
 from hf_distill.cache.shard import UNFINISHED, ShardEntry, digest_of, written_whole
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST, BUILDING, SHARED = "manifest.json", "building.json", "shared.safetensors"
 
 

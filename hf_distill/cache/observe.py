@@ -32,6 +32,8 @@ _DEVICE_TILE = 2**24
 _DEPTH = 32
 # Stands for the logit of an impossible token, whose probability is 0.
 _IMPOSSIBLE = -1e30
+# Stands behind the vocabulary, where its table is not full: below all others, so that it is never among the greatest.
+_OUTSIDE = -2e30
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Block:
         outside = None if self.tops.shape[1] * _DEPTH == width else ids >= width
         products = self.products.gather(1, ids if outside is None else ids.clamp(max=width - 1))
         logits = finished_(products.to(self.tops.dtype), self.head)
-        return logits if outside is None else logits.masked_fill_(outside, _IMPOSSIBLE)
+        return logits if outside is None else logits.masked_fill_(outside, _OUTSIDE)
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """The `count` greatest logits `[n, count]`, sorted, and their ids: those of torch.topk, but for equal ones.
@@ -168,7 +170,7 @@ class _Tiles:
         width = self._columns * _DEPTH
         size = _CPU_TILE if products.device.type == "cpu" else _DEVICE_TILE
         shape, dtype = (max(size // width, 1), width), statistics_dtype(products.dtype)
-        self._logits = products.new_full(shape, _IMPOSSIBLE, dtype=dtype)
+        self._logits = products.new_full(shape, _OUTSIDE, dtype=dtype)
         self._spare = torch.empty_like(self._logits)
 
     def __call__(self, products: Tensor) -> tuple[Tensor, dict[float, Spread]]:

@@ -36,26 +36,36 @@ class RaggedReader:
         self._lengths = arrays.get("lengths")
         self._starts = arrays.get("starts")
 
-    def __call__(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The bytes of some rows.
+    def spans(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All bytes, and where in them those of some rows begin and end, `[2, M]` int64.
 
         Args:
             numbers: Which rows, `[M]` int64, in any order.
+        """
+        if self._lengths is None:
+            width = self._data.shape[1]
+            return self._data.reshape(-1), np.stack([numbers * width, (numbers + 1) * width])
+        bounds: np.ndarray = np.zeros(len(numbers) + 1, dtype=np.int64)
+        np.cumsum(self._lengths.take(numbers), out=bounds[1:])
+        # Tokens of a row are neighbours: only the first has to be found.
+        first = np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1] + 1)[: len(numbers)])
+        shifts: np.ndarray = np.repeat(
+            self._begin(numbers[first]) - bounds[first], np.diff(first, append=len(numbers))
+        )
+        return self._data, np.stack([bounds[:-1] + shifts, bounds[1:] + shifts])
 
-        Returns:
-            The bytes of all of them, and where in these each begins, and the end, `[M + 1]` int64. Rows that were
-            padded have their padding.
+    def __call__(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of some rows, one after another, and where each begins, and the end, `[M + 1]` int64.
+
+        Rows that were padded have their padding.
         """
         if self._lengths is None:
             return self._data.take(numbers, 0).reshape(-1), np.arange(len(numbers) + 1) * self._data.shape[1]
-        bounds: np.ndarray = np.zeros(len(numbers) + 1, dtype=np.int64)
-        np.cumsum(self._lengths.take(numbers), out=bounds[1:])
-        # Tokens of a row are neighbours, and are copied as one piece.
-        first = np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1] + 1)[: len(numbers)])
-        begin = self._begin(numbers[first])
-        size = np.diff(bounds[np.append(first, len(numbers))])
-        pieces = [self._data[start:stop] for start, stop in zip(begin, begin + size, strict=True)]
-        return np.concatenate([self._data[:0], *pieces]), bounds
+        data, (begin, end) = self.spans(numbers)
+        first = np.flatnonzero(np.append(True, begin[1:] != end[:-1])[: len(numbers)])  # is copied with the next ones
+        last: np.ndarray = np.append(first[1:], len(numbers))[: len(first)] - 1
+        pieces = [data[start:stop] for start, stop in zip(begin[first], end[last], strict=True)]
+        return np.concatenate([data[:0], *pieces]), np.cumsum(np.append(0, end - begin))
 
     def _begin(self, numbers: np.ndarray) -> np.ndarray:
         """Where some rows begin in all of the bytes."""

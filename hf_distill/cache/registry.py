@@ -27,7 +27,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "nano": ("sampled", {"draws": 30}),
     "small": ("topk_tail", {"k": 8, "draws": 13, "bits": 6}),
     "base": ("topk_tail", {"k": 16, "draws": 32, "bits": 6}),
-    "large": ("topk_tail", {"k": 64, "draws": 48, "bits": 6}),
+    "large": ("topk_tail", {"k": 16, "draws": 64, "bits": 6}),
 }
 
 

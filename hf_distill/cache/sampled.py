@@ -13,12 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_distill.cache.base import LogitsEncoding, at_least
-from hf_distill.cache.draw import pack_counts, unpack_counts
+from hf_distill.cache.draw import pack_counts, read_counts
 from hf_distill.cache.encoding import Arrays, Columns
-from hf_distill.cache.ids import SetReader, pack_sets
+from hf_distill.cache.ids import SetReader, pack_sets, part
 from hf_distill.cache.observe import Block, log_masses, log_probs_of
-from hf_distill.cache.sparse import check_head, known_ids, label_log_probs, read_log_probs
-from hf_distill.cache.values import normaliser, pack_codes, pack_scalars, quantise, read_scalars, unpack_codes
+from hf_distill.cache.sparse import check_head, known_ids, label_log_probs
+from hf_distill.cache.values import (
+    normaliser,
+    pack_codes,
+    pack_scalars,
+    quantise,
+    read_log_probs,
+    read_scalars,
+    weights_of,
+)
 from hf_distill.functional.sparse import SparseLogits
 
 
@@ -80,7 +88,7 @@ class Sampled(LogitsEncoding):
 
         def read(numbers: np.ndarray) -> Columns:
             ids = reader(numbers)
-            counts = unpack_counts(arrays["counts"].take(numbers, 0), self.draws, ids >= 0)
+            counts = read_counts(arrays["counts"], numbers, ids)
             return {
                 "ids": torch.from_numpy(ids),
                 "counts": torch.from_numpy(counts),
@@ -156,27 +164,26 @@ class TopKTail(LogitsEncoding):
     def pack(self, columns: Columns) -> Arrays:
         """See `Encoding`."""
         codes, steps = quantise(columns["log_probs"], self.bits)
-        counts = columns["counts"].numpy()
         arrays, order = pack_sets(columns["ids"].numpy(), self.vocab_size)
-        codes, counts = (np.take_along_axis(values, order, 1) for values in (codes, counts))
+        is_drawn = np.take_along_axis(columns["counts"].numpy(), order, 1) > 0
+        # Head and tail are one set; all else has the head first, and both in the order of the set.
+        parted = np.take_along_axis(order, np.argsort(order >= self.k, axis=1, kind="stable"), 1)
+        codes, counts = (np.take_along_axis(values, parted, 1) for values in (codes, columns["counts"].numpy()))
         packed = {
             "codes": pack_codes(codes, self.bits),
-            "drawn": pack_codes(counts > 0, 1),
-            "counts": pack_counts(counts, self.draws),
+            "drawn": np.packbits(is_drawn, axis=1, bitorder="little"),
+            "counts": pack_counts(counts[:, self.k :], self.draws),
         }
         return {**arrays, **packed, "steps": steps, **pack_scalars(columns)}
 
     def open(self, arrays: Arrays) -> Callable[[np.ndarray], Columns]:
         """See `Encoding`."""
-        slots = self.k + self.draws
-        reader = SetReader(arrays, self.vocab_size, slots)
+        reader = SetReader(arrays, self.vocab_size, self.k + self.draws)
 
         def read(numbers: np.ndarray) -> Columns:
-            ids = reader(numbers)
-            drawn: np.ndarray = unpack_codes(arrays["drawn"].take(numbers, 0), slots, 1).view(bool)
-            counts = unpack_counts(arrays["counts"].take(numbers, 0), self.draws, drawn)
-            codes = unpack_codes(arrays["codes"].take(numbers, 0), slots, self.bits)
-            log_probs = read_log_probs(codes, arrays["steps"].take(numbers, 0), ids)
+            ids = part(reader(numbers), arrays["drawn"], numbers, self.k)
+            counts = read_counts(arrays["counts"], numbers, ids[:, self.k :])
+            log_probs = read_log_probs(arrays, numbers, self.bits, ids)
             return {
                 "ids": torch.from_numpy(ids),
                 "log_probs": log_probs,
@@ -189,28 +196,25 @@ class TopKTail(LogitsEncoding):
     def targets(self, columns: Columns, labels: Tensor) -> SparseLogits:
         """See `Encoding`."""
         depths, counts = columns["log_probs"], columns["counts"]  # of the greatest, which is in the head, 0
-        in_tail = counts.clamp(max=1)
         normalisers, left, probs, rests = {}, {}, [], []
         for temperature, log_rest in zip(self.temperatures, columns["log_rests"].unbind(1), strict=True):
-            masses = depths.exp() if temperature == 1.0 else (depths / temperature).exp_()
-            tail = torch.linalg.vecdot(masses, in_tail)
-            # No draw is likelier than any of the head, so that the difference is as precise as its terms.
-            level = normaliser(masses.sum(1) - tail, log_rest)
-            scale = (-level).exp_()
-            probs.append(masses.mul_(scale[:, None]))
+            masses = weights_of(depths, temperature)
+            # No draw is likelier than any of the head, so that both sums are as precise as their terms.
+            level = normaliser(masses[:, : self.k].sum(1), log_rest)
+            probs.append(masses.mul_((-level).exp_()[:, None]))
             rests.append(log_rest.exp())
             normalisers[temperature] = level
-            beside = 1 - tail * scale / rests[-1]
+            beside = 1 - masses[:, self.k :].sum(1) / rests[-1]
             left[temperature] = log_rest + beside.clamp_(min=_LEAST_SHARE).log_()
-        at_one = normalisers.pop(1.0)
+        at_one, masses = normalisers.pop(1.0), probs[0]
         # A draw stands for p at T = 1 over what it was drawn in proportion to.
-        drawn = counts.mul_((sum(rests) / self.draws)[:, None])
         if len(probs) > 1:
-            drawn.mul_(probs[0] / sum(probs).clamp_(min=_TINY))
+            counts.mul_((masses / sum(probs).clamp_(min=_TINY))[:, self.k :])
+        torch.mul(counts, (sum(rests) / self.draws)[:, None], out=masses[:, self.k :])
         return SparseLogits(
             ids=columns["ids"],
             log_probs=depths.sub_(at_one[:, None]),
-            masses=torch.addcmul(drawn, probs[0], in_tail.neg_().add_(1)),
+            masses=masses,
             log_normalisers={t: level - at_one / t for t, level in normalisers.items()},
             entropies=dict(zip(self.temperatures, columns["entropies"].unbind(1), strict=True)),
             labels=labels,

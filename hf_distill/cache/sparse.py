@@ -20,9 +20,9 @@ from hf_distill.cache.values import (
     pack_codes,
     pack_scalars,
     quantise,
+    read_log_probs,
     read_scalars,
-    restore,
-    unpack_codes,
+    weights_of,
 )
 from hf_distill.functional.sparse import SparseLogits
 
@@ -80,8 +80,7 @@ class TopK(LogitsEncoding):
 
         def read(numbers: np.ndarray) -> Columns:
             ids = reader(numbers)
-            codes = unpack_codes(arrays["codes"].take(numbers, 0), self.k, self.bits)
-            log_probs = read_log_probs(codes, arrays["steps"].take(numbers, 0), ids)
+            log_probs = read_log_probs(arrays, numbers, self.bits, ids)
             return {"ids": torch.from_numpy(ids), "log_probs": log_probs, **read_scalars(arrays, numbers)}
 
         return read
@@ -90,7 +89,7 @@ class TopK(LogitsEncoding):
         """See `Encoding`."""
         depths = columns["log_probs"]  # below the greatest of the token
         rests = dict(zip(self.temperatures, columns["log_rests"].unbind(1), strict=True))
-        levels = {t: normaliser((depths / t).exp_().sum(1), rest) for t, rest in rests.items()}
+        levels = {t: normaliser(weights_of(depths, t).sum(1), rest) for t, rest in rests.items()}
         at_one = levels.pop(1.0)
         return SparseLogits(
             ids=columns["ids"],
@@ -123,10 +122,3 @@ def known_ids(ids: Tensor, log_probs: Tensor) -> Tensor:
 def label_log_probs(block: Block, labels: Tensor) -> Tensor:
     """The log-probability of the label of each row, of which none may have been taken out."""
     return log_probs_of(block.logits(labels[:, None]), block.spreads[1.0].log_total)[:, 0]
-
-
-def read_log_probs(codes: np.ndarray, steps: np.ndarray, ids: np.ndarray) -> Tensor:
-    """Log-probabilities but for a constant of each token, -inf where there is no id."""
-    log_probs = restore(codes, steps)
-    log_probs.numpy().reshape(-1)[np.flatnonzero(ids.reshape(-1) < 0)] = -np.inf
-    return log_probs

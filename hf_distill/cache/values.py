@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_distill.cache import compiled
 from hf_distill.cache.encoding import Arrays, Columns
 
 
@@ -47,37 +50,33 @@ def quantise(log_probs: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """Numbers of some bits `[N, K]` as bytes of their tokens, `[N, B]` uint8.
 
-    The bits are split into groups of 8, 4, 2 or 1, and those of all K numbers follow one another group by group: a
-    table then has all that is in a byte at once.
+    The bits are split into groups of 8, 4, 2 or 1, and those of all K numbers follow one another group by group: of
+    two numbers in a byte the second is half a group behind the first, so that neighbours are read together.
     """
     planes = []
-    for shift, width in _groups(bits):
+    for shift, width in groups_of(bits):
         each = 8 // width
         plane = (codes >> shift & (1 << width) - 1).astype(np.uint8)
-        plane = np.pad(plane, ((0, 0), (0, -plane.shape[1] % each))).reshape(len(codes), -1, each)
-        planes.append((plane << np.arange(0, 8, width, dtype=np.uint8)).sum(2, dtype=np.uint8))
+        plane = np.pad(plane, ((0, 0), (0, -plane.shape[1] % each))).reshape(len(codes), each, -1)
+        planes.append((plane << np.arange(0, 8, width, dtype=np.uint8)[:, None]).sum(1, dtype=np.uint8))
     return np.concatenate(planes, axis=1)
 
 
 def unpack_codes(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
     """What `pack_codes` made of K = `count` numbers, `[M, K]`, in as few bytes a number as hold `bits`."""
-    codes: np.ndarray = np.empty(0)
+    codes: np.ndarray = np.zeros((len(packed), count), dtype=np.min_scalar_type(2**bits - 1))
     start = 0
-    for shift, width in _groups(bits):
+    for shift, width in groups_of(bits):
         size = -(-count * width // 8)
-        table = _TABLES[shift % 8, width]
-        plane: np.ndarray = table.take(packed[:, start : start + size]).view(np.uint8)[:, :count]
+        group = packed[:, start : start + size].astype(codes.dtype)
         start += size
-        if shift >= 8:
-            codes = codes | np.left_shift(plane, 8, dtype=np.uint16)
-        elif shift > 0:
-            codes |= plane
-        else:
-            codes = plane
+        for place in range(8 // width):
+            part = codes[:, place * size : (place + 1) * size]
+            part |= (group >> place * width & (1 << width) - 1)[:, : part.shape[1]] << shift
     return codes
 
 
-def _groups(bits: int) -> list[tuple[int, int]]:
+def groups_of(bits: int) -> list[tuple[int, int]]:
     """Groups of bits whose sizes divide a byte: where each begins, and its size, the largest first."""
     groups, at = [], 0
     for width in (8, 4, 2, 1):
@@ -87,18 +86,29 @@ def _groups(bits: int) -> list[tuple[int, int]]:
     return groups
 
 
-def _table(shift: int, width: int) -> np.ndarray:
-    """The numbers of some bits that are in each byte, shifted, side by side as the bytes of one integer, `[256]`."""
-    numbers = (np.arange(256)[:, None] >> np.arange(0, 8, width) & (1 << width) - 1) << shift
-    return numbers.astype(np.uint8).view(f"u{8 // width}").ravel()
+def read_log_probs(arrays: Arrays, numbers: np.ndarray, bits: int, ids: np.ndarray) -> Tensor:
+    """Log-probabilities of some tokens but for a constant of each, `[M, K]`.
+
+    Args:
+        arrays: Of a shard: `codes`, as `pack_codes` made them, and `steps`.
+        numbers: Of the M tokens.
+        bits: Of a code.
+        ids: `[M, K]`, -1 in unused slots, whose log-probability is -inf.
+    """
+    steps: np.ndarray = -arrays["steps"].take(numbers).astype(np.float32)
+    if (loops := compiled.loops()) is not None:
+        log_probs = torch.empty(ids.shape)
+        loops.read_log_probs(arrays["codes"], numbers, np.array(groups_of(bits)), steps, ids, log_probs.numpy())
+        return log_probs
+    codes = unpack_codes(arrays["codes"].take(numbers, 0), ids.shape[1], bits)
+    log_probs = torch.from_numpy(codes).float().mul_(torch.from_numpy(steps)[:, None])
+    log_probs.numpy().reshape(-1)[np.flatnonzero(ids.reshape(-1) < 0)] = -np.inf
+    return log_probs
 
 
-_TABLES = {(shift, width): _table(shift, width) for width in (8, 4, 2, 1) for shift in range(9 - width)}
-
-
-def restore(codes: np.ndarray, steps: np.ndarray) -> Tensor:
-    """Log-probabilities `[M, K]`, but for a constant of each token."""
-    return torch.from_numpy(codes).float().mul_(torch.from_numpy(-steps.astype(np.float32))[:, None])
+def weights_of(log_probs: Tensor, temperature: float) -> Tensor:
+    """`exp(log_probs / T)`: by exp2, which on a CPU is faster than exp, most of all at -inf."""
+    return torch.mul(log_probs, math.log2(math.e) / temperature).exp2_()
 
 
 def normaliser(mass: Tensor, log_rest: Tensor) -> Tensor:

@@ -266,6 +266,6 @@ def test_the_uniform_of_a_token_depends_on_its_row_and_position_alone():
 
 def test_a_cache_of_another_format_is_refused_by_its_version(tmp_path, monkeypatch):
     build(tmp_path)
-    monkeypatch.setattr("hf_distill.cache.manifest.FORMAT_VERSION", 3)
-    with pytest.raises(ValueError, match=r"has format version 2, and this hf_distill reads 3; build it again"):
+    monkeypatch.setattr("hf_distill.cache.manifest.FORMAT_VERSION", 4)
+    with pytest.raises(ValueError, match=r"has format version 3, and this hf_distill reads 4; build it again"):
         Manifest.load(tmp_path)

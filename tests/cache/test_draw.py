@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_distill.cache.draw import LEAST_MASS, draw, pack_counts, unpack_counts
+from hf_distill.cache.draw import LEAST_MASS, draw, pack_counts, read_counts
 
 
+pytestmark = pytest.mark.usefixtures("engine")
 DEPTH = 32
 
 
@@ -78,11 +79,10 @@ def test_a_column_whose_weights_may_be_lost_in_rounding_is_not_drawn_from():
 
 @pytest.mark.parametrize("draws", [1, 7, 8, 50])
 def test_counts_come_back_from_as_many_bits_as_there_are_draws(draws):
-    _, counts = draw_from(some_weights(), torch.rand(30, dtype=torch.float64), draws)
+    ids, counts = draw_from(some_weights(), torch.rand(30, dtype=torch.float64), draws)
+    ids = torch.cat([ids, torch.full((1, draws), -1), ids]).numpy()
     counts = torch.cat([counts, torch.zeros(1, draws, dtype=torch.int64), counts]).numpy()
-    spread = np.insert(counts, [0, 1], 0, axis=1)  # slots that were not drawn stand between those that were
-    for slots in (counts, spread):
-        packed = pack_counts(slots, draws)
-        assert packed.shape == (61, -(-draws // 8))
-        np.testing.assert_array_equal(unpack_counts(packed, draws, slots > 0), slots)
-        assert unpack_counts(packed[:0], draws, slots[:0] > 0).shape == (0, slots.shape[1])
+    packed = pack_counts(counts, draws)
+    assert packed.shape == (61, -(-draws // 8))
+    for numbers in (np.arange(61), np.array([60, 30, 30, 2]), np.arange(0)):
+        np.testing.assert_array_equal(read_counts(packed, numbers, ids[numbers]), counts[numbers])

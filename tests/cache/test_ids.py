@@ -2,7 +2,10 @@ import numpy as np
 import pytest
 
 from hf_distill.cache import ids as ids_module
-from hf_distill.cache.ids import SetReader, pack_sets
+from hf_distill.cache.ids import SetReader, pack_sets, part
+
+
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 def random_sets(seed, count, slots, vocab_size, full=False, skewed=True):
@@ -86,3 +89,22 @@ def test_skewed_ids_take_little_more_than_independent_ids_could():
     entropy = -(shares * np.log2(shares) + (1 - shares) * np.log2(np.maximum(1 - shares, 1e-9))).sum() / slots
     assert bits < entropy + 1.3
     assert bits < np.log2(vocab_size / slots) + 2 - 1  # Elias-Fano with buckets of one width
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "with unused slots"])
+@pytest.mark.parametrize("head", [0, 1, 4, 9])
+def test_chosen_ids_are_brought_behind_the_others(head, full):
+    slots = 9
+    generator = np.random.default_rng(0)
+    ids = np.sort(random_sets(0, 70, slots, 500, full=True), axis=1).astype(np.int64)
+    chosen = np.argsort(generator.random(ids.shape), axis=1) >= head  # slots - head of each
+    if not full:
+        used = np.sort(generator.random(ids.shape) < 0.7, axis=1)[:, ::-1]
+        ids, chosen = np.where(used, ids, -1), chosen & used
+    packed = np.packbits(chosen, axis=1, bitorder="little")
+    for numbers in (np.arange(70), np.array([69, 3, 3]), np.arange(0)):
+        found = part(ids[numbers].copy(), packed, numbers, head)
+        for row, number in zip(found, numbers, strict=True):
+            for side, inside in ((row[:head], ~chosen[number] & (ids[number] >= 0)), (row[head:], chosen[number])):
+                expected = ids[number][inside]
+                assert side.tolist() == [*expected, *[-1] * (len(side) - len(expected))]

@@ -142,6 +142,21 @@ def test_impossible_tokens_have_no_mass_and_leave_the_entropy_finite():
     assert torch.allclose(entropy, torch.full((3,), 2.0).log())
 
 
+@pytest.mark.parametrize("count", [3, 10, VOCAB])
+def test_the_greatest_are_of_the_vocabulary_where_most_tokens_are_impossible(count):
+    logits = torch.full((3, VOCAB), -torch.inf)
+    logits[:, ::60] = torch.randn(3, 4)
+
+    def taken(block):
+        ids = block.top(count)[1]
+        block.take_out_(ids)
+        return ids
+
+    ids = look(Projection(logits, identity), taken)
+    assert ids.max() < VOCAB
+    assert all(len(row.unique()) == count for row in ids)
+
+
 def test_no_rows_give_one_empty_block():
     output = Projection(torch.empty(0, VOCAB), identity)
     assert look(output, lambda block: block.top(5)[0]).shape == (0, 5)

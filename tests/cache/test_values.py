@@ -10,10 +10,13 @@ from hf_distill.cache.values import (
     pack_codes,
     pack_scalars,
     quantise,
+    read_log_probs,
     read_scalars,
-    restore,
     unpack_codes,
 )
+
+
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 def some_log_probs(count=500, slots=20, depth=9.0):
@@ -30,7 +33,10 @@ def test_a_log_probability_is_off_by_half_a_step_at_most(bits):
     assert 2**bits - 2 <= codes.max() <= 2**bits - 1
     used = log_probs > -math.inf
     depths = log_probs.amax(1, keepdim=True) - log_probs
-    errors = (restore(codes.astype(np.int32), steps) + depths).abs()[used]
+    arrays = {"codes": pack_codes(codes, bits), "steps": steps}
+    restored = read_log_probs(arrays, np.arange(len(codes)), bits, np.where(used, 0, -1))
+    assert (restored[~used] == -math.inf).all()
+    errors = (restored + depths).abs()[used]
     halves = torch.from_numpy(steps.astype(np.float32) / 2)[:, None].expand_as(used)[used]
     assert (errors <= halves * (1 + 1e-4) + 1e-6).all()
     ranges = depths.where(used, 0.0).amax(1)

@@ -1,0 +1,132 @@
+"""The loops that read cached tokens, compiled by numba: what `ids`, `values` and `draw` do array by array.
+
+Only `compiled` imports this, since numba may not be installed. Places are unsigned: of a signed one numba asks each
+time whether it counts from the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+from hf_distill.cache.ids import MAX_WIDTH, WIDTH_BITS
+
+
+_U = np.uint64
+# Which bits of each byte are 1, the lowest first, and how many.
+_ONES = [[bit for bit in range(8) if byte >> bit & 1] for byte in range(256)]
+_PLACES = np.array([(ones + [0] * 8)[:8] for ones in _ONES], dtype=np.int32)
+_COUNTS = np.array([len(ones) for ones in _ONES], dtype=np.uint8)
+
+
+def _compiled(function: Callable[..., None]) -> Any:
+    """Compile at the first call, and keep what was made for the next process where there is a place for it."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's can be written
+        return numba.njit(nogil=True)(function)
+
+
+@_compiled
+def read_sets(unary, unary_spans, low, low_spans, entries, vocabulary, ids):
+    """Read sets into `ids` `[M, K]`; spans `[2, M]` say where the bytes of each begin and end.
+
+    All places of a byte are written, and those that it has not are written over: a branch for each would be guessed
+    wrong every other time.
+    """
+    slots = _U(ids.shape[1])
+    ones = np.empty(slots + _U(8), np.int32)
+    own = np.empty(slots * _U(MAX_WIDTH) // _U(8) + _U(5), np.uint8)
+    for token in range(_U(len(ids))):
+        found = _U(0)
+        first = np.int32(0)
+        for at in range(_U(unary_spans[0, token]), _U(unary_spans[1, token])):
+            byte = _U(unary[at])
+            for place in range(_U(8)):
+                ones[found + place] = first + _PLACES[byte, place]
+            found += _U(_COUNTS[byte])
+            first += np.int32(8)
+        start, stop = _U(low_spans[0, token]), _U(low_spans[1, token])
+        for at in range(stop - start):
+            own[at] = low[start + at]
+        bit = _U(0)
+        for slot in range(found):
+            # A 1 stands behind the steps and the earlier ids of its set.
+            entry = _U(entries[_U(ones[slot] - np.int32(slot))])
+            width = entry & _U(MAX_WIDTH)
+            at = bit >> _U(3)
+            window = _U(own[at]) | _U(own[at + _U(1)]) << _U(8)
+            window |= _U(own[at + _U(2)]) << _U(16) | _U(own[at + _U(3)]) << _U(24)
+            place = window >> (bit & _U(7)) & ((_U(1) << width) - _U(1))
+            ids[token, slot] = vocabulary[(entry >> _U(WIDTH_BITS)) + place]
+            bit += width
+        for slot in range(found, slots):
+            ids[token, slot] = -1
+
+
+@_compiled
+def part(ids, chosen, numbers, head):
+    """Bring those ids of each set whose bit in `chosen[number]` is 1 behind the first `head` slots, in place."""
+    slots = _U(ids.shape[1])
+    others = np.empty(slots + _U(1), np.int64)
+    for token in range(_U(len(ids))):
+        number = _U(numbers[token])
+        kept, moved = _U(0), _U(0)
+        for slot in range(slots):
+            bit = _U(chosen[number, slot >> _U(3)]) >> (slot & _U(7)) & _U(1)
+            others[moved] = ids[token, slot]
+            ids[token, kept] = ids[token, slot]
+            moved += bit
+            kept += _U(1) - bit
+        for slot in range(moved):
+            ids[token, _U(head) + slot] = others[slot]
+        for slot in range(_U(head) + moved, slots):
+            ids[token, slot] = -1
+
+
+@_compiled
+def read_log_probs(packed, numbers, groups, steps, ids, log_probs):
+    """Codes times steps into `log_probs` `[M, K]`, -inf where there is no id; `groups` are shifts and widths."""
+    slots = _U(ids.shape[1])
+    codes = np.empty(slots, np.uint16)
+    for token in range(_U(len(ids))):
+        number = _U(numbers[token])
+        codes[:] = 0
+        start = _U(0)
+        for group in range(_U(len(groups))):
+            shift, width = np.uint16(groups[group, 0]), _U(groups[group, 1])
+            size = (slots * width + _U(7)) >> _U(3)
+            ones = np.uint16((_U(1) << width) - _U(1))
+            for place in range(_U(8) // width):
+                first, right = place * size, np.uint16(place * width)
+                for slot in range(min(size, slots - min(slots, first))):
+                    codes[first + slot] |= (np.uint16(packed[number, start + slot]) >> right & ones) << shift
+            start += size
+        step = steps[token]
+        for slot in range(slots):
+            log_probs[token, slot] = step * np.float32(codes[slot])
+        for slot in range(slots):
+            if ids[token, slot] < 0:
+                log_probs[token, slot] = -np.inf
+
+
+@_compiled
+def read_counts(packed, numbers, ids, counts):
+    """Read how often the ids `[M, K]` were drawn in K draws into `counts` `[M, K]`."""
+    slots = _U(ids.shape[1])
+    for token in range(_U(len(ids))):
+        if ids[token, slots - _U(1)] >= 0:  # each was drawn once
+            counts[token] = 1
+            continue
+        number = _U(numbers[token])
+        counts[token] = 0
+        slot, run = _U(0), _U(0)
+        for place in range(slots):
+            bit = _U(packed[number, place >> _U(3)]) >> (place & _U(7)) & _U(1)
+            run += _U(1)
+            counts[token, slot] = run * bit
+            slot += bit
+            run *= _U(1) - bit

@@ -1,0 +1,68 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from hf_distill.cache import compiled
+from hf_distill.functional import LMHead
+from hf_distill.signals import Projection, identity
+from tests.cache.encodings import VOCAB, observed, teacher
+
+
+ENCODINGS = {
+    "topk": ("topk", {"k": 9, "bits": 6}),
+    "topk of everything": ("topk", {"k": VOCAB, "bits": 10}),
+    "sampled": ("sampled", {"draws": 20}),
+    "one draw": ("sampled", {"draws": 1}),
+    "tail": ("topk_tail", {"k": 5, "draws": 7, "bits": 9}),
+    "tail, eight bits": ("topk_tail", {"k": 16, "draws": 64, "bits": 8}),
+    "tail, two bits": ("topk_tail", {"k": 1, "draws": 1, "bits": 2}),
+    "nothing beside the head": ("topk_tail", {"k": VOCAB, "draws": 3}),
+}
+
+
+def impossible():
+    """Logits of which few are possible, so that slots stay unused."""
+    logits = torch.full((60, VOCAB), -torch.inf)
+    logits[:, ::40] = torch.randn(60, 6)
+    return Projection(logits, identity)
+
+
+def unsure():
+    """A distribution that is next to uniform: all draws are of different tokens."""
+    output = teacher(60)
+    return Projection(output.hidden, LMHead(output.head.weight * 0.01))
+
+
+OUTPUTS = {"plain": lambda: teacher(300), "unsure": unsure, "impossible": impossible}
+
+
+@pytest.mark.parametrize(("name", "options"), ENCODINGS.values(), ids=ENCODINGS)
+@pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS)
+def test_compiled_loops_read_what_numpy_reads(name, options, output, monkeypatch):
+    pytest.importorskip("numba")
+    encoding, columns = observed(name, output(), **options)
+    arrays = encoding.pack(columns)
+    count = len(columns["entropies"])
+    for numbers in (np.arange(count), np.random.default_rng(0).integers(0, count, 50), np.arange(0)):
+        fast = encoding.open(arrays)(numbers)
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled, "loops", lambda: None)
+            slow = encoding.open(arrays)(numbers)
+        assert fast.keys() == slow.keys()
+        for key, column in slow.items():
+            assert fast[key].dtype == column.dtype
+            assert torch.equal(fast[key], column), key
+
+
+def test_without_numba_a_cache_is_read_by_numpy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert compiled.loops.__wrapped__() is None
+
+
+def test_numba_is_imported_by_the_first_token_that_is_read_and_not_before():
+    code = "import sys, hf_distill.cache, hf_distill.cache.sampled; assert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
