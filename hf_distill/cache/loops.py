@@ -11,18 +11,16 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 
 from hf_distill.cache.ids import MAX_WIDTH, WIDTH_BITS
 
 
 _U = np.uint64
-# Which bits of each byte are 1, the lowest first, and how many.
-_ONES = [[bit for bit in range(8) if byte >> bit & 1] for byte in range(256)]
-_PLACES = np.array([(ones + [0] * 8)[:8] for ones in _ONES], dtype=np.int32)
-_COUNTS = np.array([len(ones) for ones in _ONES], dtype=np.uint8)
 
 
-def _compiled(function: Callable[..., None]) -> Any:
+def _compiled(function: Callable[..., Any]) -> Any:
     """Compile at the first call, and keep what was made for the next process where there is a place for it."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
@@ -30,41 +28,59 @@ def _compiled(function: Callable[..., None]) -> Any:
         return numba.njit(nogil=True)(function)
 
 
+@intrinsic
+def _trailing_zeros(typing_context, word):
+    """How many zeros are below the lowest 1 of a word that is not 0."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return numba.types.uint64(numba.types.uint64), generate
+
+
+@_compiled
+def _half(data, at):
+    """Four bytes, the lowest first."""
+    half = _U(data[at]) | _U(data[at + _U(1)]) << _U(8)
+    return half | _U(data[at + _U(2)]) << _U(16) | _U(data[at + _U(3)]) << _U(24)
+
+
+@_compiled
+def _word(data, start, stop):
+    """Eight bytes, those from `stop` on 0."""
+    if start + _U(8) <= stop:
+        return _half(data, start) | _half(data, start + _U(4)) << _U(32)
+    word = _U(0)
+    for place in range(stop - start):
+        word |= _U(data[start + place]) << (_U(8) * place)
+    return word
+
+
 @_compiled
 def read_sets(unary, unary_spans, low, low_spans, entries, vocabulary, ids):
-    """Read sets into `ids` `[M, K]`; spans `[2, M]` say where the bytes of each begin and end.
-
-    All places of a byte are written, and those that it has not are written over: a branch for each would be guessed
-    wrong every other time.
-    """
+    """Read sets into `ids` `[M, K]`; spans `[2, M]` say where the bytes of each begin and end."""
     slots = _U(ids.shape[1])
-    ones = np.empty(slots + _U(8), np.int32)
-    own = np.empty(slots * _U(MAX_WIDTH) // _U(8) + _U(5), np.uint8)
+    own = np.zeros(slots * _U(MAX_WIDTH) // _U(8) + _U(5), np.uint8)
     for token in range(_U(len(ids))):
-        found = _U(0)
-        first = np.int32(0)
-        for at in range(_U(unary_spans[0, token]), _U(unary_spans[1, token])):
-            byte = _U(unary[at])
-            for place in range(_U(8)):
-                ones[found + place] = first + _PLACES[byte, place]
-            found += _U(_COUNTS[byte])
-            first += np.int32(8)
         start, stop = _U(low_spans[0, token]), _U(low_spans[1, token])
         for at in range(stop - start):
             own[at] = low[start + at]
-        bit = _U(0)
-        for slot in range(found):
-            # A 1 stands behind the steps and the earlier ids of its set.
-            entry = _U(entries[_U(ones[slot] - np.int32(slot))])
-            width = entry & _U(MAX_WIDTH)
-            at = bit >> _U(3)
-            window = _U(own[at]) | _U(own[at + _U(1)]) << _U(8)
-            window |= _U(own[at + _U(2)]) << _U(16) | _U(own[at + _U(3)]) << _U(24)
-            place = window >> (bit & _U(7)) & ((_U(1) << width) - _U(1))
-            ids[token, slot] = vocabulary[(entry >> _U(WIDTH_BITS)) + place]
-            bit += width
-        for slot in range(found, slots):
-            ids[token, slot] = -1
+        bit, slot, first = _U(0), _U(0), _U(0)
+        stop = _U(unary_spans[1, token])
+        for start in range(_U(unary_spans[0, token]), stop, _U(8)):
+            ones = _word(unary, start, stop)
+            while ones != _U(0):
+                # A 1 stands behind the steps and the earlier ids of its set.
+                entry = _U(entries[first + _trailing_zeros(ones) - slot])
+                ones &= ones - _U(1)
+                width = entry & _U(MAX_WIDTH)
+                place = _half(own, bit >> _U(3)) >> (bit & _U(7)) & ((_U(1) << width) - _U(1))
+                ids[token, slot] = vocabulary[(entry >> _U(WIDTH_BITS)) + place]
+                bit += width
+                slot += _U(1)
+            first += _U(64)
+        for rest in range(slot, slots):
+            ids[token, rest] = -1
 
 
 @_compiled
