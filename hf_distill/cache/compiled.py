@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from functools import cache
 from types import ModuleType
 
@@ -10,8 +11,14 @@ from types import ModuleType
 @cache
 def loops() -> ModuleType | None:
     """The loops that numba compiles; None where it is not installed, and numpy does the same in more time."""
-    if importlib.util.find_spec("numba") is None:
+    try:
+        from hf_distill.cache import loops as compiled_loops
+    except ImportError as error:
+        if importlib.util.find_spec("numba") is not None:
+            warnings.warn(
+                f"numba is installed and cannot be imported ({error}): numpy reads caches, in more time. Bring numba "
+                "and numpy to versions that fit, or uninstall numba.",
+                stacklevel=2,
+            )
         return None
-    from hf_distill.cache import loops as compiled_loops
-
     return compiled_loops

@@ -1,5 +1,7 @@
+import importlib.machinery
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -57,10 +59,36 @@ def test_compiled_loops_read_what_numpy_reads(name, options, output, monkeypatch
             assert torch.equal(fast[key], column), key
 
 
-def test_without_numba_a_cache_is_read_by_numpy(monkeypatch):
+@pytest.fixture
+def without_loops(monkeypatch):
+    """As before the first token was read."""
+    monkeypatch.delitem(sys.modules, "hf_distill.cache.loops", raising=False)
+    monkeypatch.delattr("hf_distill.cache.loops", raising=False)
+
+
+def test_without_numba_numpy_reads_and_nothing_is_said(without_loops, monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert compiled.loops.__wrapped__() is None
+    assert not recwarn.list
+
+
+def test_a_numba_that_does_not_fit_is_named_and_numpy_reads(without_loops, monkeypatch):
+    broken = types.ModuleType("numba")
+    broken.__spec__ = importlib.machinery.ModuleSpec("numba", None)
+    monkeypatch.setitem(sys.modules, "numba", broken)
+    monkeypatch.delitem(sys.modules, "numba.extending", raising=False)
+    with pytest.warns(UserWarning, match="numba is installed and cannot be imported"):
+        assert compiled.loops.__wrapped__() is None
+
+
+def test_code_that_cannot_be_kept_is_compiled_all_the_same():
+    pytest.importorskip("numba")
+    code = (
+        "import numpy, numba.core.caching as caching; caching.CacheImpl._locator_classes = []; "
+        "from hf_distill.cache import loops; ids, counts = numpy.zeros((2, 3), int), numpy.zeros((2, 3), 'f4'); "
+        "loops.read_counts(numpy.zeros((2, 1), 'u1'), numpy.arange(2), ids, counts); assert (counts == 1).all()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_numba_is_imported_by_the_first_token_that_is_read_and_not_before():
