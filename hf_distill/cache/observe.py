@@ -77,11 +77,11 @@ class Block:
     spreads: dict[float, Spread]
 
     def logits(self, ids: Tensor) -> Tensor:
-        """The logits of some ids `[n, K]`; ids behind the vocabulary are impossible."""
+        """The logits of some ids `[n, K]`; those of ids behind the vocabulary are below all."""
         width = self.products.shape[1]
         outside = None if self.tops.shape[1] * _DEPTH == width else ids >= width
         products = self.products.gather(1, ids if outside is None else ids.clamp(max=width - 1))
-        logits = finished_(products.to(self.tops.dtype), self.head)
+        logits = _finished_(products.to(self.tops.dtype), self.head)
         return logits if outside is None else logits.masked_fill_(outside, _OUTSIDE)
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ class _Tiles:
         for first in range(0, len(products), size):
             piece = products[first : first + size]
             logits, part = self._logits[: len(piece)], slice(first, first + len(piece))
-            finished_(logits[:, : piece.shape[1]].copy_(piece), self._head, finite=self._finite)
+            _finished_(logits[:, : piece.shape[1]].copy_(piece), self._head, finite=self._finite)
             torch.amax(logits.unflatten(1, (_DEPTH, -1)), 1, out=tops[part])
             for temperature in self._temperatures:
                 weights = _weights(logits, tops[part], temperature, self._spare[: len(piece)])
@@ -216,7 +216,7 @@ def _own(products: Tensor, hidden: Tensor) -> Tensor:
     return products.clone() if shared else products
 
 
-def finished_(products: Tensor, head: LMHead | None, *, finite: bool = False) -> Tensor:
+def _finished_(products: Tensor, head: LMHead | None, *, finite: bool = False) -> Tensor:
     """Logits of products `[n, ...]`, in place, those of impossible tokens finite."""
     if finite or head is None or head.softcap is None:
         if head is not None:

@@ -22,7 +22,10 @@ def some_weights(count=30, width=192):
 def draw_from(weights, uniforms, draws):
     """Draw from weights `[n, V]`, V a multiple of 32."""
     table = weights.unflatten(1, (DEPTH, -1))
-    inside = lambda columns: table.gather(2, columns[:, None].expand(-1, DEPTH, -1))  # noqa: E731
+
+    def inside(columns):
+        return table.gather(2, columns[:, None].expand(-1, DEPTH, -1))
+
     return draw(table.sum(1), inside, uniforms, draws)
 
 

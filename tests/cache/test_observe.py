@@ -108,9 +108,8 @@ def test_draws_are_those_of_the_mean_of_all_temperatures():
     probs = torch.stack([log_probs_at(output, temperature).exp() for temperature in (1.0, 2.0)]).mean(0)
     for hidden, expected in zip(output.hidden, probs, strict=True):
         same = Projection(hidden.expand(4096, -1), output.head)
-        ids, counts = look(same, lambda block: torch.stack(block.draw(uniforms[block.part], 5), 1), (1.0, 2.0)).unbind(
-            1
-        )
+        drawn = look(same, lambda block: torch.stack(block.draw(uniforms[block.part], 5), 1), (1.0, 2.0))
+        ids, counts = drawn.unbind(1)
         mean = torch.zeros(VOCAB, dtype=torch.float64).index_add_(
             0, ids.clamp(min=0).flatten(), counts.double().flatten()
         )
