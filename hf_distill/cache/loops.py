@@ -1,4 +1,4 @@
-"""The loops that read cached tokens, compiled by numba: what `ids`, `values` and `draw` do array by array.
+"""The loops that read cached tokens, and logits, compiled by numba: what others do array by array.
 
 Only `compiled` imports this, since numba may not be installed. Places are unsigned: of a signed one numba asks each
 time whether it counts from the end.
@@ -7,6 +7,7 @@ time whether it counts from the end.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numba
@@ -15,17 +16,22 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from hf_distill.cache.ids import MAX_WIDTH, WIDTH_BITS
+from hf_distill.cache.tiles import DEPTH, IMPOSSIBLE
 
 
 _U = np.uint64
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
     """Compile at the first call, and keep what was made for the next process where there is a place for it."""
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        return numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's can be written
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, **options)(function)
+
+
+# What adds up many numbers may do so in any order: several at once.
+_summing = partial(_compiled, fastmath={"reassoc", "contract", "nsz"})
 
 
 @intrinsic
@@ -146,3 +152,77 @@ def read_counts(packed, numbers, ids, counts):
             counts[token, slot] = run * bit
             slot += bit
             run *= _U(1) - bit
+
+
+_F = np.float32
+_LEAST = _F(IMPOSSIBLE)
+# The polynomial of degree 5 that is 2^x for abs(x) <= 1/2, off by 1.6e-7 of it at most in single precision.
+_P0, _P1, _P2 = _F(1.00000007), _F(0.693146967), _F(0.240221197)
+_P3, _P4, _P5 = _F(0.0555071327), _F(0.00967554138), _F(0.0013276472)
+# A number added to this is rounded to a whole one, which is then in the lowest bits.
+_ROUNDER = _F(1.5 * 2**23)
+
+
+@partial(_compiled, fastmath={"contract"})
+def _exp2(exponent):
+    """2 to a number that is 0 or less; 0 below -126.5."""
+    exponent = _F(-127) if exponent < _F(-127) else exponent
+    rounded = exponent + _ROUNDER
+    x = exponent - (rounded - _ROUNDER)
+    power = _P0 + x * (_P1 + x * (_P2 + x * (_P3 + x * (_P4 + x * _P5))))
+    return power * np.uint32((_F(rounded).view(np.uint32) + np.uint32(127)) << np.uint32(23)).view(_F)
+
+
+@_compiled
+def _number(bits):
+    """A bfloat16 of its bits; that of an impossible token finite."""
+    number = np.uint32(np.uint32(bits) << np.uint32(16)).view(_F)
+    return _LEAST if number < _LEAST else number
+
+
+@_compiled
+def _order(bits):
+    """A whole number that is ordered as bfloat16 are, of the bits of one; and the other way."""
+    bits = np.int16(bits)
+    return np.int16(bits ^ ((bits >> np.int16(15)) & np.int16(0x7FFF)))
+
+
+@_compiled
+def _raise(orders, logits):
+    """Raise orders to those of logits that are above them."""
+    for column in range(_U(len(logits))):
+        order = _order(logits[column])
+        orders[column] = order if order > orders[column] else orders[column]
+
+
+@_summing
+def _add(masses, logits, scale, shift):
+    """Add the weights of logits to masses, and return their sum times the logits."""
+    mean = _F(0)
+    for column in range(_U(len(logits))):
+        logit = _number(logits[column])
+        weight = _exp2(logit * scale + shift)
+        masses[column] += weight
+        mean += weight * logit
+    return mean
+
+
+@_compiled
+def read_logits(logits, start, stop, scales, tops, masses, means):
+    """Read the rows from `start` to `stop` of logits, the bits of bfloat16 `[N, V]`; see `tiles.Tiles`."""
+    columns = tops.shape[1]
+    orders = np.empty(columns, np.int16)
+    for row in range(start, stop):
+        orders[:] = -(2**15)
+        for place in range(0, DEPTH * columns, columns):
+            _raise(orders, logits[row, place : place + columns])
+        for column in range(_U(columns)):
+            tops[row, column] = _number(_order(orders[column]))
+        top = tops[row].max()
+        for number in range(len(scales)):
+            scale = scales[number]
+            masses[number, row] = _F(0)
+            means[number, row] = _F(0)
+            for place in range(0, DEPTH * columns, columns):
+                piece = logits[row, place : place + columns]
+                means[number, row] += _add(masses[number, row], piece, scale, -top * scale)

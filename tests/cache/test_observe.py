@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_distill.cache import observe as observe_module
+from hf_distill.cache import tiles as tiles_module
 from hf_distill.cache.observe import blocks
 from hf_distill.functional import LMHead
 from hf_distill.signals import Projection, identity
@@ -20,7 +21,7 @@ HEADS = {
 
 @pytest.fixture(params=[2**20, 1000], ids=["one tile", "many tiles"])
 def tile_size(request, monkeypatch):
-    monkeypatch.setattr(observe_module, "_CPU_TILE", request.param)
+    monkeypatch.setattr(tiles_module, "_CPU_TILE", request.param)
     monkeypatch.setattr(observe_module, "_CPU_BLOCK_BYTES", 4 * VOCAB * 130)
 
 
