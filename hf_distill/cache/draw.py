@@ -27,28 +27,30 @@ def draw(masses: Tensor, inside: Callable[[Tensor], Tensor], uniforms: Tensor, d
         masses: What the weights of each column add up to, `[n, W]`; one below `LEAST_MASS` counts as 0. Nothing is
             drawn of a row without any.
         inside: Gives the weights in columns `[n, draws]`, from the first row of the table to the last,
-            `[n, D, draws]`; they may be off from those that were added up by rounding.
+            `[n, draws, D]`; they may be off from those that were added up by rounding.
         uniforms: `[n]` float64, u in [0, 1).
         draws: How many in each row.
 
     Returns:
         The tokens that were drawn, `[n, draws]` int64, each once, and -1 in the slots left over; and how often.
     """
-    ends = masses.where(masses >= LEAST_MASS, 0.0).double().cumsum(1)
-    starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
+    ends = masses.where(masses >= LEAST_MASS, 0.0).cumsum(1, dtype=torch.float64)
     total = ends[:, -1:].contiguous()
     steps = torch.arange(draws, device=masses.device)
-    points = (uniforms[:, None] + steps) / draws * total
-    # Rounding must not lead behind the last weight, to a token without any.
-    points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))
+    points = _below((uniforms[:, None] + steps) / draws * total, total)
     width = ends.shape[1]
     column = torch.searchsorted(ends, points, right=True).clamp_(max=width - 1)
-    within = inside(column).double().cumsum(1)
-    share = ((points - starts.gather(1, column)) / (ends - starts).gather(1, column)).clamp_(0.0, 1.0)
-    most = within[:, -1]
-    place = torch.minimum(share * most, torch.nextafter(most, torch.zeros_like(most)))
-    ids = (within <= place[:, None]).sum(1) * width + column
-    return _count(ids, total > 0)
+    start = ends.gather(1, (column - 1).clamp_(min=0)).masked_fill_(column == 0, 0.0)
+    share = ((points - start) / (ends.gather(1, column) - start)).clamp_(0.0, 1.0)
+    within = inside(column).cumsum(2, dtype=torch.float64)
+    most = within[:, :, -1]
+    row = torch.searchsorted(within, _below(share * most, most)[:, :, None], right=True)[:, :, 0]
+    return _count(row * width + column, total > 0)
+
+
+def _below(points: Tensor, end: Tensor) -> Tensor:
+    """Points of a distribution function; rounding must not lead to its end, behind the last token with a weight."""
+    return torch.minimum(points, torch.nextafter(end, torch.zeros_like(end)))
 
 
 def _count(ids: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:

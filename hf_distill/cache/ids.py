@@ -41,6 +41,7 @@ def pack_sets(ids: np.ndarray, vocab_size: int) -> tuple[dict[str, np.ndarray], 
         The arrays, and the slots in the order in which they will be read, `[N, K]`: unused ones last.
     """
     order = np.empty(ids.shape, dtype=np.min_scalar_type(ids.shape[1]))
+    slots, slot_bits = np.arange(ids.shape[1]), ids.shape[1].bit_length()
     shares = np.bincount(ids[ids >= 0].ravel(), minlength=vocab_size)
     widths = _widths(shares, len(ids))
     buckets = _Buckets.of(widths)
@@ -48,10 +49,11 @@ def pack_sets(ids: np.ndarray, vocab_size: int) -> tuple[dict[str, np.ndarray], 
     low: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(ids), _PACKED_AT_ONCE):
         part = slice(start, start + _PACKED_AT_ONCE)
-        ranks = buckets.ranks[ids[part]]
-        own = np.argsort(ranks, axis=1, kind="stable")
-        order[part] = own
-        for packed, piece in zip((unary, low), _pack_sorted(np.take_along_axis(ranks, own, 1), buckets), strict=True):
+        # Numbers that hold their slots are sorted in a fifth of the time of a stable argsort.
+        keys = buckets.ranks[ids[part]].astype(np.int64) << slot_bits | slots
+        keys.sort(axis=1)
+        order[part] = keys & (1 << slot_bits) - 1
+        for packed, piece in zip((unary, low), _pack_sorted(keys >> slot_bits, buckets), strict=True):
             packed.append(piece)
     arrays = {"widths": _pack_halves(widths)}
     for name, pieces in (("unary", unary), ("low", low)):
@@ -188,15 +190,13 @@ class _Buckets:
     Args:
         ids: The id of each rank, `[V]`.
         ranks: The rank of each id, `[V + 1]`; the last is that of -1, above all others.
-        bases: First rank of each bucket.
-        widths: Bits of a place in each bucket.
+        of_rank: The bucket of each rank, `[V]`.
         entries: The first rank and, in the last `WIDTH_BITS`, the width of each bucket: one look into a table.
     """
 
     ids: np.ndarray
     ranks: np.ndarray
-    bases: np.ndarray
-    widths: np.ndarray
+    of_rank: np.ndarray
     entries: np.ndarray
 
     @classmethod
@@ -210,23 +210,28 @@ class _Buckets:
             bases.append(np.arange(base, base + count, 1 << width))
             of_bucket.append(np.full(len(bases[-1]), width))
             base += count
-        bases, of_bucket = (np.concatenate(arrays).astype(np.int32) for arrays in (bases, of_bucket))
-        return cls(ids, ranks, bases, of_bucket, bases << WIDTH_BITS | of_bucket)
+        first, width = (np.concatenate(arrays).astype(np.int32) for arrays in (bases, of_bucket))
+        of_rank = np.repeat(np.arange(len(first), dtype=np.int32), np.diff(first, append=len(ids)))
+        return cls(ids, ranks, of_rank, first << WIDTH_BITS | width)
 
 
 def _pack_sorted(ranks: np.ndarray, buckets: _Buckets) -> list[tuple[np.ndarray, np.ndarray]]:
     """The bytes, and how many of each row, of the steps and of the places of sorted ranks `[n, K]`."""
+    if (loops := compiled.loops()) is not None:
+        unary, low, lengths = loops.pack_sets(ranks, buckets.of_rank, buckets.entries)
+        return [(unary, lengths[0]), (low, lengths[1])]
     used = ranks < len(buckets.ids)
     row, slot = np.nonzero(used)
-    rank = ranks[used].astype(np.int64)
-    bucket = np.searchsorted(buckets.bases, rank, side="right") - 1
-    width = buckets.widths[bucket]
+    rank = ranks[used]
+    bucket = buckets.of_rank[rank]
+    entry = buckets.entries[bucket]
+    width = (entry & MAX_WIDTH).astype(np.int64)
     ones = _pack_words(np.ones_like(rank), bucket + slot, row, np.ones_like(rank), len(ranks))
     before = np.cumsum(width) - width
     counts = used.sum(1)
     first = np.cumsum(counts) - counts
     at = before - np.repeat(np.append(before, 0)[first], counts)
-    return [ones, _pack_words(rank - buckets.bases[bucket], at, row, width, len(ranks))]
+    return [ones, _pack_words(rank - (entry >> WIDTH_BITS), at, row, width, len(ranks))]
 
 
 def _pack_words(

@@ -90,6 +90,37 @@ def read_sets(unary, unary_spans, low, low_spans, entries, vocabulary, ids):
 
 
 @_compiled
+def pack_sets(ranks, of_rank, entries):
+    """The bytes of the steps and of the places of sorted ranks `[n, K]`, and how many of each a row has, `[2, n]`."""
+    lengths = np.zeros((2, len(ranks)), np.int64)
+    for row in range(len(ranks)):
+        steps, places = 0, 0
+        for slot in range(ranks.shape[1]):
+            if ranks[row, slot] < len(of_rank):
+                bucket = of_rank[ranks[row, slot]]
+                steps = bucket + slot + 1
+                places += entries[bucket] & MAX_WIDTH
+        lengths[0, row], lengths[1, row] = (steps + 7) >> 3, (places + 7) >> 3
+    unary, low = np.zeros(lengths[0].sum(), np.uint8), np.zeros(lengths[1].sum(), np.uint8)
+    unary_at, low_at = 0, 0
+    for row in range(len(ranks)):
+        bit = 8 * low_at
+        for slot in range(ranks.shape[1]):
+            if ranks[row, slot] < len(of_rank):
+                bucket = of_rank[ranks[row, slot]]
+                step = 8 * unary_at + bucket + slot
+                unary[step >> 3] |= np.uint8(1 << (step & 7))
+                width = entries[bucket] & MAX_WIDTH
+                place = (ranks[row, slot] - (entries[bucket] >> WIDTH_BITS)) << (bit & 7)
+                for byte in range((width + (bit & 7) + 7) >> 3):
+                    low[(bit >> 3) + byte] |= np.uint8(place >> (8 * byte) & 255)
+                bit += width
+        unary_at += lengths[0, row]
+        low_at += lengths[1, row]
+    return unary, low, lengths
+
+
+@_compiled
 def part(ids, chosen, numbers, head):
     """Bring those ids of each set whose bit in `chosen[number]` is 1 behind the first `head` slots, in place."""
     slots = _U(ids.shape[1])

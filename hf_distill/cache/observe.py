@@ -72,7 +72,7 @@ class Block:
         columns = ids % self.tops.shape[1]
         logits = self._column_logits(columns)
         for spread in self.spreads.values():
-            spread.masses.scatter_(1, columns, spread.probs(logits).sum(1))
+            spread.masses.scatter_(1, columns, spread.probs(logits).sum(2))
         return [spread.masses.sum(1) for spread in self.spreads.values()]
 
     def draw(self, uniforms: Tensor, draws: int) -> tuple[Tensor, Tensor]:
@@ -86,12 +86,11 @@ class Block:
         return draw(reduce(torch.add, [spread.masses for spread in spreads]), inside, uniforms, draws)
 
     def _ids(self, columns: Tensor) -> Tensor:
-        """The ids in some columns `[n, C]` of the table, `[n, 32, C]`."""
-        first = self.tops.shape[1] * torch.arange(DEPTH, device=columns.device)
-        return columns[:, None] + first[:, None]
+        """The ids in some columns `[n, C]` of the table, `[n, C, 32]`."""
+        return columns[:, :, None] + self.tops.shape[1] * torch.arange(DEPTH, device=columns.device)
 
     def _column_logits(self, columns: Tensor) -> Tensor:
-        return self.logits(self._ids(columns).flatten(1)).unflatten(1, (DEPTH, -1))
+        return self.logits(self._ids(columns).flatten(1)).unflatten(1, (-1, DEPTH))
 
 
 def blocks(output: Projection, temperatures: Sequence[float], entropies: Collection[float]) -> Iterator[Block]:

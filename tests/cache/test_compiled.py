@@ -43,10 +43,17 @@ OUTPUTS = {"plain": lambda: teacher(300), "unsure": unsure, "impossible": imposs
 
 @pytest.mark.parametrize(("name", "options"), ENCODINGS.values(), ids=ENCODINGS)
 @pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS)
-def test_compiled_loops_read_what_numpy_reads(name, options, output, monkeypatch):
+def test_compiled_loops_pack_and_read_what_numpy_does(name, options, output, monkeypatch):
     pytest.importorskip("numba")
     encoding, columns = observed(name, output(), **options)
     arrays = encoding.pack(columns)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "loops", lambda: None)
+        expected = encoding.pack(columns)
+    assert arrays.keys() == expected.keys()
+    for key, array in expected.items():
+        assert arrays[key].dtype == array.dtype
+        np.testing.assert_array_equal(arrays[key], array)
     count = len(columns["entropies"])
     for numbers in (np.arange(count), np.random.default_rng(0).integers(0, count, 50), np.arange(0)):
         fast = encoding.open(arrays)(numbers)

@@ -24,7 +24,7 @@ def draw_from(weights, uniforms, draws):
     table = weights.unflatten(1, (DEPTH, -1))
 
     def inside(columns):
-        return table.gather(2, columns[:, None].expand(-1, DEPTH, -1))
+        return table.transpose(1, 2).gather(1, columns[:, :, None].expand(-1, -1, DEPTH))
 
     return draw(table.sum(1), inside, uniforms, draws)
 
