@@ -5,7 +5,7 @@ objectives cost, and what they add; what soft labels on disk keep, and what they
     python benchmarks/run.py growth [--tokens 256 1024 4096] [--vocabularies 32000 128256] [--write]
     python benchmarks/run.py step [--write]
     python benchmarks/run.py taps [--cases ...] [--write]
-    python benchmarks/run.py objectives [--cases ...] [--seeds 3] [--steps 20] [--write]
+    python benchmarks/run.py objectives [--cases ...] [--seeds 3] [--steps 20] [--rows 4] [--learning-rate 1e-3]
     python benchmarks/run.py labels | sizes [--cases ...] [--write]
     python benchmarks/run.py build | read | cached [--cases ...] [--write]
 
@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each case of `objectives`")
     parser.add_argument("--steps", type=int, default=objectives.Setting.steps, help="of a run of `objectives`")
+    parser.add_argument("--rows", type=int, default=objectives.Setting.rows, help="of a step of `objectives`")
+    parser.add_argument("--learning-rate", type=float, default=objectives.Setting.learning_rate)
     parser.add_argument("--write", action="store_true", help="add the rows to benchmarks/results/<suite>.json")
     args = parser.parse_args()
     suite = SUITES[args.suite]
@@ -86,7 +88,7 @@ def main() -> None:
     cases = args.cases or list(suite.cases)
     for threads in args.threads or suite.threads:
         if args.suite == "objectives":
-            setting = objectives.Setting(steps=args.steps)
+            setting = objectives.Setting(steps=args.steps, rows=args.rows, learning_rate=args.learning_rate)
             print(report.comparison(objectives.run(setting, cases, args.seeds, threads, args.write)))
             continue
         for preset, setting in _settings(args):

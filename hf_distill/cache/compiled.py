@@ -1,4 +1,4 @@
-"""Whether the loops that read a cache are compiled."""
+"""Whether the loops that write and read a cache are compiled."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def loops() -> ModuleType | None:
     except ImportError as error:
         if importlib.util.find_spec("numba") is not None:
             warnings.warn(
-                f"numba is installed and cannot be imported ({error}): numpy reads caches, in more time. Bring numba "
-                "and numpy to versions that fit, or uninstall numba.",
+                f"numba is installed and cannot be imported ({error}): numpy writes and reads caches, in more time. "
+                "Bring numba and numpy to versions that fit, or uninstall numba.",
                 stacklevel=2,
             )
         return None

@@ -1,4 +1,4 @@
-"""The loops that read cached tokens, and logits, compiled by numba: what others do array by array.
+"""The loops that write and read cached tokens, compiled by numba: what their callers do array by array without it.
 
 Only `compiled` imports this, since numba may not be installed. Places are unsigned: of a signed one numba asks each
 time whether it counts from the end.

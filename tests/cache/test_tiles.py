@@ -46,6 +46,15 @@ def test_tiles_are_the_distribution_of_16_bit_logits(vocab_size, engine):
         assert torch.allclose(spread.entropy.double(), entropy, rtol=0, atol=2e-4)
 
 
+def test_a_weight_is_right_to_single_precision(engine):
+    logits = torch.full((1000, 64), -torch.inf)
+    logits[:, 0], logits[:, 1] = 0.0, torch.linspace(0, -4, 1000)  # each in a column of its own
+    logits = logits.bfloat16()
+    for temperature, spread in zip(TEMPERATURES, read(logits)[1], strict=True):
+        probs = (logits.double() / temperature).softmax(1)
+        assert torch.allclose(spread.masses.double(), probs[:, :2], rtol=1e-6, atol=0)
+
+
 def test_a_teacher_that_gives_no_numbers_is_not_made_to_give_some(engine):
     logits = logits_of(100)
     logits[3, 50] = logits[4, 51] = torch.nan
