@@ -52,7 +52,7 @@ class Spread:
     def probs(self, logits: Tensor) -> Tensor:
         """The probabilities of some tokens by their logits, `[n, ...]`."""
         log_total = self.log_total.view(-1, *[1] * (logits.dim() - 1))
-        return (logits / self.temperature - log_total).exp_()
+        return torch.add(-log_total, logits, alpha=1 / self.temperature).exp_()
 
 
 class Tiles:
