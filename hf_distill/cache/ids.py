@@ -211,7 +211,7 @@ class _Buckets:
             of_bucket.append(np.full(len(bases[-1]), width))
             base += count
         first, width = (np.concatenate(arrays).astype(np.int32) for arrays in (bases, of_bucket))
-        of_rank = np.repeat(np.arange(len(first), dtype=np.int32), np.diff(first, append=len(ids)))
+        of_rank: np.ndarray = np.repeat(np.arange(len(first), dtype=np.int32), np.diff(first, append=len(ids)))
         return cls(ids, ranks, of_rank, first << WIDTH_BITS | width)
 
 
