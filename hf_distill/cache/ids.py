@@ -27,7 +27,6 @@ _WINDOW = 4
 # Sets that are coded at a time: what is made of them on the way stays in the processor's caches.
 _PACKED_AT_ONCE = 4096
 _IDS_READ_AT_ONCE = 2**17
-_ALL = np.uint32(2**32 - 1)
 
 
 def pack_sets(ids: np.ndarray, vocab_size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
