@@ -108,22 +108,16 @@ def blocks(output: Projection, temperatures: Sequence[float], entropies: Collect
     budget = _CPU_BLOCK_BYTES if hidden.device.type == "cpu" else None
     vocab_size = vocabulary_of(head, hidden)
     rows = chunk_rows(len(hidden), vocab_size * hidden.element_size(), budget, trained_head=False)
-    # Memory that is new for each block would take as long as the product in it.
-    buffer = None if plain is None else hidden.new_empty(rows, vocab_size, dtype=plain.weight.dtype)
+    buffer = None if plain is None else plain.weight.new_empty(rows, vocab_size)
     tiles: Tiles | None = None
     for start in range(0, max(len(hidden), 1), rows):
         chunk = hidden[start : start + rows]
         if plain is None or buffer is None:
             products = _own(head(chunk), chunk)
         else:
-            products = _products(chunk, plain, buffer[: len(chunk)])
+            products = plain.project_into(chunk.to(plain.weight.dtype), buffer[: len(chunk)])
         tiles = tiles or Tiles(products, plain, temperatures, entropies)
         yield Block(slice(start, start + len(chunk)), products, plain, *tiles(products))
-
-
-def _products(hidden: Tensor, head: LMHead, out: Tensor) -> Tensor:
-    hidden, weight = hidden.to(head.weight.dtype), head.weight.t()
-    return torch.mm(hidden, weight, out=out) if head.bias is None else torch.addmm(head.bias, hidden, weight, out=out)
 
 
 def _own(products: Tensor, hidden: Tensor) -> Tensor:

@@ -25,8 +25,6 @@ from hf_distill.signals import Projection
 
 # Shards whose decoders are kept. What they have in memory is small, and a batch of shuffled rows touches many.
 OPEN_SHARDS = 64
-# First tokens of a row that a message shows.
-SHOWN_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class CacheReader:
         if (found < 0).any():
             row = rows[int(np.flatnonzero(found < 0)[0])]
             raise ValueError(
-                f"The cache {self.path} has no {_described(row)}. Rows are found by all of their ids: check that "
+                f"The cache {self.path} has no {row.description}. Rows are found by all of their ids: check that "
                 "the dataset, the tokenizer, its chat template, `max_length` and the packing are those that the cache "
                 "was built with (`packing_strategy='wrapped'` cuts documents; build on `trainer.train_dataset`, as "
                 "the trainer has prepared it). Rows that are only evaluated must be in the cache, too: build it on "
@@ -144,7 +142,7 @@ class CacheReader:
             if (wanted & ~kept).any():
                 position = int(np.flatnonzero(wanted & ~kept)[0])
                 raise ValueError(
-                    f"The cache {self.path} has the {_described(rows[i])}, but not what the teacher says after its "
+                    f"The cache {self.path} has the {rows[i].description}, but not what the teacher says after its "
                     f"token {position}: only positions with a label were kept. Train on the labels that the cache was "
                     "built with (completions, assistant turns or everything), or build it without them."
                 )
@@ -169,9 +167,3 @@ class CacheReader:
         before = positions if kept is None else np.concatenate([[0], np.cumsum(kept)])[positions]
         encoded = {name.removeprefix(ENCODED): array for name, array in arrays.items() if name.startswith(ENCODED)}
         return OpenShard(self.encoding.open(encoded), starts, arrays["ids"], kept, before[:-1])
-
-
-def _described(row: Row) -> str:
-    first = ", ".join(map(str, row.ids[:SHOWN_TOKENS]))
-    more = ", ..." if len(row.ids) > SHOWN_TOKENS else ""
-    return f"row [{first}{more}] of {len(row.ids)} tokens (key {row.key.hex()})"

@@ -12,6 +12,8 @@ import numpy as np
 
 
 KEY_BYTES = 16
+# First tokens of a row that a message shows.
+SHOWN_TOKENS = 8
 # Masks of tokens that a trainer learns from, by the names that TRL gives to them; 0 is not learned from.
 MASKS = ("completion_mask", "assistant_masks")
 
@@ -54,6 +56,13 @@ class Row:
     def labels(self) -> np.ndarray:
         """The tokens that followed the kept positions, `[kept.sum()]` int32."""
         return self.ids[1:][self.kept]
+
+    @property
+    def description(self) -> str:
+        """What a message calls it."""
+        first = ", ".join(map(str, self.ids[:SHOWN_TOKENS]))
+        more = ", ..." if len(self.ids) > SHOWN_TOKENS else ""
+        return f"row [{first}{more}] of {len(self.ids)} tokens (key {self.key.hex()})"
 
 
 def rows_of(example: Mapping[str, Any]) -> Iterator[Row]:

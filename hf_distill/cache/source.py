@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -46,11 +47,17 @@ class LocalSource:
         self._encoding = encoding
 
     def columns(self, rows: Sequence[Row]) -> Columns:
-        """See `Source`. Rows are padded to the longest, which changes their numbers by no more than rounding."""
+        """See `Source`. Rows are padded to the longest, which changes their numbers by no more than rounding.
+
+        Raises:
+            ValueError: The teacher gives something else than numbers.
+        """
         output = self.run(rows)
         labels = torch.from_numpy(np.concatenate([row.labels for row in rows]).astype(np.int64))
         uniforms = torch.from_numpy(np.concatenate([uniforms_of(row) for row in rows]))
-        return self._encoding.observe(output, labels, uniforms if self._encoding.samples else None)
+        columns = self._encoding.observe(output, labels, uniforms if self._encoding.samples else None)
+        _check_numbers(rows, output.hidden, columns)
+        return columns
 
     def shared_tensors(self, row: Row) -> dict[str, Tensor]:
         """See `Source`."""
@@ -73,6 +80,24 @@ class LocalSource:
         output = self._teacher.signals(batch, {Signal.LOGITS}).logits
         assert isinstance(output, Projection)
         return output.at(kept.flatten().nonzero().squeeze(1))
+
+
+def _check_numbers(rows: Sequence[Row], hidden: Tensor, columns: Columns) -> None:
+    """Check that hidden states, or logits, `[N, H]` and what was made of them are numbers."""
+    broken = (~(hidden < math.inf)).any(1).cpu()  # also nan; the logit of an impossible token is -inf
+    for column in columns.values():
+        if column.is_floating_point():
+            broken |= column.isnan().reshape(len(broken), column[:1].numel()).any(1)
+    if broken.any():
+        token = int(broken.nonzero()[0])
+        ends = np.cumsum([row.kept.sum() for row in rows])
+        row = rows[int(np.searchsorted(ends, token, side="right"))]
+        position = np.flatnonzero(row.kept)[token - int(ends[ends <= token].max(initial=0))]
+        raise ValueError(
+            f"The teacher gives nan or inf after token {position} of the {row.description}, and a student would learn "
+            "from it. Load it in another precision, e.g. `load_teacher(name, dtype=torch.bfloat16)` where float16 "
+            "overflows, check its quantisation, or take the row out of the dataset."
+        )
 
 
 def uniforms_of(row: Row) -> np.ndarray:

@@ -50,6 +50,15 @@ class LMHead:
         """Project `hidden` `[n, H]` to logits `[n, V]`."""
         return finish_logits(F.linear(hidden, self.weight, self.bias), self.scale, self.softcap)
 
+    def project_into(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Compute `hidden @ weight.T + bias` of `hidden` `[n, H]` in `out` `[n, V]`, without autograd.
+
+        A product in new memory can take twice as long on a CPU, where each of its pages has to be made first.
+        """
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
     def finish_(self, products: Tensor) -> None:
         """Turn `hidden @ weight.T + bias` `[n, V]` into logits in place, without autograd."""
         if self.softcap is not None:

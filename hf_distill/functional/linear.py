@@ -110,10 +110,7 @@ class _Projector:
     def at(self, part: slice) -> Tensor:
         """The products of some rows, which the next call overwrites."""
         hidden = self.hidden[part]
-        out = self._products[: hidden.shape[0]]
-        if self.head.bias is None:
-            return torch.mm(hidden, self.head.weight.t(), out=out)
-        return torch.addmm(self.head.bias, hidden, self.head.weight.t(), out=out)
+        return self.head.project_into(hidden, self._products[: hidden.shape[0]])
 
 
 class _Pass:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import threading
 import time
@@ -14,11 +15,12 @@ import torch
 from hf_distill.cache import writer as writers
 from hf_distill.cache.build import build_cache
 from hf_distill.cache.manifest import BUILDING, MANIFEST, Manifest, save_identity
-from hf_distill.cache.registry import encoding_from_config
+from hf_distill.cache.registry import encoding_from_config, make_encoding
 from hf_distill.cache.rows import Row, rows_of, unpack_ids
 from hf_distill.cache.shard import map_shard
 from hf_distill.cache.source import LocalSource, uniforms_of
 from hf_distill.cache.writer import ENCODED
+from hf_distill.signals import Projection, identity
 from hf_distill.teachers import ModelTeacher
 from tests import tiny
 from tests.processes import exit_code, run_on_two_ranks
@@ -243,6 +245,43 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(tmp_path, ch
     with pytest.raises(ValueError, match=message):
         build_cache(**arguments | changes)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("encoding", OPTIONS)
+def test_a_teacher_without_numbers_is_refused_by_the_row_and_nothing_unfinished_stays(tmp_path, encoding):
+    data = [row for row in rows() if 7 not in row["input_ids"]]
+    data.append({"input_ids": [9, 8, 7]})
+    model = tiny.model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = torch.nan
+    with pytest.raises(ValueError, match=r"nan or inf after token \d of the row \[9, 8, 7\] of 3 tokens"):
+        build(tmp_path, encoding, teacher=model, dataset=data)
+    assert not (tmp_path / MANIFEST).exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("token", "named"),
+    [(0, "after token 1 of the row [1, 2, 3]"), (1, "token 0 of the row [4, 5]"), (3, "token 2 of")],
+)
+def test_the_token_without_numbers_is_named(monkeypatch, token, named):
+    kept = {(1, 2, 3): [False, True], (4, 5): [True], (6, 7, 8, 9): [True, False, True]}
+    given = [Row(np.array(ids), np.array(positions)) for ids, positions in kept.items()]
+    hidden = torch.zeros(4, 50)
+    hidden[token, 3] = torch.nan
+    source = LocalSource(None, make_encoding("dense", vocab_size=50, temperatures=(1.0,)))
+    monkeypatch.setattr(source, "run", lambda rows: Projection(hidden, identity))
+    with pytest.raises(ValueError, match=re.escape(named)):
+        source.columns(given)
+
+
+@pytest.mark.parametrize("encoding", [name for name in OPTIONS if name != "hidden"])
+def test_a_teacher_whose_logits_overflow_is_refused(tmp_path, encoding):
+    model = tiny.model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.inf
+    with pytest.raises(ValueError, match="gives nan or inf"):
+        build(tmp_path, encoding, teacher=model)
 
 
 def test_a_damaged_manifest_is_refused(tmp_path):

@@ -15,7 +15,7 @@ VOCABULARIES = (32, 7, 47, 1000)
 
 
 def logits_of(vocab_size):
-    """Sure, unsure, shifted and extreme rows, and some with impossible tokens; the head is for their precision."""
+    """Sure, unsure, shifted and extreme rows, and some with impossible tokens, in 16 bits."""
     torch.manual_seed(0)
     logits = torch.randn(60, vocab_size) * torch.logspace(-2, 2, 60)[:, None] + torch.linspace(-80, 80, 60)[:, None]
     logits[::7, ::2] = -torch.inf
